@@ -1,0 +1,13 @@
+"""Names that doctests use without importing them."""
+
+import pytest
+import torch
+
+from miles.packed import Denominators, Packed, count, pack, unpack
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    doctest_namespace.update(
+        torch=torch, Packed=Packed, Denominators=Denominators, count=count, pack=pack, unpack=unpack
+    )

@@ -1,0 +1,169 @@
+"""From a loss per token to this micro-batch's share of the step's loss.
+
+The one rule: the sum of what `aggregate` returns, over micro-batches, data-parallel and
+context-parallel ranks, is the loss of the step. Sum gradients; do not average them (or say with
+`averaged_over` how many ranks the wrapper averages).
+
+Shapes: T tokens, S sequences, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from miles.errors import DenominatorError, SettingError
+from miles.packed import Denominators, Packed, tokens_per_sequence
+
+__all__ = ["aggregate", "token_weights"]
+
+Mode = Literal[
+    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "group_mean", "sum"
+]
+
+
+def aggregate(
+    loss_T: Tensor,
+    packed: Packed,
+    denominators: Denominators,
+    *,
+    mode: Mode = "token_mean",
+    weights_T: Tensor | None = None,
+    keep_T: Tensor | None = None,
+    count_rejected: bool = True,
+    constant: float | None = None,
+    averaged_over: int = 1,
+) -> Tensor:
+    """This call's trainable tokens, summed and divided by what the whole step holds.
+
+    Args:
+        loss_T: float `[T]`.
+        packed: where the tokens live.
+        denominators: from `count` over the whole step.
+        mode: `token_mean` sum / num_tokens (DAPO); `seq_mean_token_mean` each sequence's mean,
+            averaged over sequences (GRPO); `seq_mean_token_sum` sum / num_seqs; `constant`
+            sum / (num_seqs * constant) (Dr. GRPO); `group_mean` each group's token mean, averaged
+            over groups; `sum`.
+        weights_T: float `[T]`, importance weights (`Correction.weights_T`).
+        keep_T: bool `[T]`; a rejected token adds nothing to the sum.
+        count_rejected: rejected tokens stay in the denominator. False needs denominators counted
+            with the same `keep_T`.
+        constant: tokens a sequence is taken to have, for `mode="constant"`.
+        averaged_over: number of ranks over which the wrapper (DDP, FSDP) averages gradients.
+
+    Returns:
+        0-d, float32 (float64 for a float64 loss), differentiable.
+
+    Raises:
+        DenominatorError: denominators counted another way than `mode` or `count_rejected` needs.
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, False]]))
+        >>> loss = torch.tensor([1.0, 3.0, 5.0, float("nan")])
+        >>> aggregate(loss, packed, count(packed)).item()
+        3.0
+        >>> aggregate(loss, packed, count(packed), mode="seq_mean_token_mean").item()
+        3.5
+    """
+    packed.check(loss_T=loss_T)
+    coefficients_T = token_weights(
+        packed,
+        denominators,
+        mode=mode,
+        weights_T=weights_T,
+        keep_T=keep_T,
+        count_rejected=count_rejected,
+        constant=constant,
+        averaged_over=averaged_over,
+    )
+    active_T = packed.mask_T if keep_T is None else packed.mask_T & keep_T
+    total = (torch.where(active_T, loss_T, 0).to(torch.float64) * coefficients_T).sum()
+    return total.to(torch.float64 if loss_T.dtype == torch.float64 else torch.float32)
+
+
+@torch.no_grad()
+def token_weights(
+    packed: Packed,
+    denominators: Denominators,
+    *,
+    mode: Mode = "token_mean",
+    weights_T: Tensor | None = None,
+    keep_T: Tensor | None = None,
+    count_rejected: bool = True,
+    constant: float | None = None,
+    averaged_over: int = 1,
+) -> Tensor:
+    """The coefficients of `aggregate`, for fused kernels and losses of your own.
+
+    Returns:
+        float64 `[T]`; `(coefficients_T * loss_T).sum()` is `aggregate(loss_T, ...)`.
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, False]]))
+        >>> token_weights(packed, count(packed), mode="seq_mean_token_mean").tolist()
+        [0.25, 0.25, 0.5, 0.0]
+    """
+    _check(denominators, mode, keep_T, count_rejected, constant, averaged_over)
+    active_T = packed.mask_T
+    if keep_T is not None:
+        packed.check(keep_T=keep_T)
+        active_T = active_T & keep_T
+    coefficients_T = _per_token(packed, denominators, mode, None if count_rejected else keep_T)
+    if mode == "constant" and constant is not None:
+        coefficients_T = coefficients_T / constant
+    if weights_T is not None:
+        packed.check(weights_T=weights_T)
+        coefficients_T = coefficients_T * torch.where(active_T, weights_T, 0)
+    return torch.where(active_T, coefficients_T * averaged_over, 0)
+
+
+def _per_token(
+    packed: Packed, denominators: Denominators, mode: Mode, counted_T: Tensor | None
+) -> Tensor:
+    ones_T = torch.ones_like(packed.mask_T, dtype=torch.float64)
+    if mode == "sum":
+        return ones_T
+    if mode == "token_mean":
+        return ones_T / denominators.num_tokens
+    if mode in ("seq_mean_token_sum", "constant"):
+        return ones_T / denominators.num_seqs
+    if mode == "seq_mean_token_mean":
+        tokens_S = tokens_per_sequence(packed, counted_T).clamp(min=1)
+        return ones_T / packed.per_token(tokens_S) / denominators.num_seqs
+    if packed.group_ids_S is None or denominators.group_tokens_G is None:
+        raise DenominatorError(
+            'mode="group_mean" needs group_ids_S in the Packed and in what count() saw; got none'
+        )
+    tokens_S = denominators.group_tokens_G[packed.group_ids_S].clamp(min=1)
+    return ones_T / packed.per_token(tokens_S) / denominators.num_groups  # type: ignore[operator]
+
+
+def _check(
+    denominators: Denominators,
+    mode: str,
+    keep_T: Tensor | None,
+    count_rejected: bool,
+    constant: float | None,
+    averaged_over: int,
+) -> None:
+    modes = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "group_mean", "sum")
+    if mode not in modes:
+        raise SettingError(f"mode is {mode!r}; expected one of {modes}")
+    if (constant is not None) != (mode == "constant") or (constant is not None and constant <= 0):
+        raise SettingError(
+            f'got mode={mode!r} and constant={constant}; expected constant > 0 with "constant" '
+            "and none otherwise"
+        )
+    if averaged_over < 1:
+        raise SettingError(f"averaged_over is {averaged_over}; expected a number of ranks, 1 or more")
+    if not count_rejected and keep_T is None:
+        raise SettingError("count_rejected=False has no effect without keep_T; give it")
+    if count_rejected == denominators.counted_keep:
+        how = "with" if denominators.counted_keep else "without"
+        raise DenominatorError(
+            f"count_rejected={count_rejected}, but the denominators were counted {how} keep_T; "
+            "use count(packed, keep_T=...) together with aggregate(..., count_rejected=False), "
+            "or neither"
+        )

@@ -1,0 +1,287 @@
+"""Rollout Routing Replay (R3): force the experts that were recorded, keep the gradients live.
+
+Every router of transformers keeps *which* experts (one `topk` over its scores) apart from *how
+much* each weighs (gather, renormalise, scale). So only that one call is intercepted: recorded
+indices go in, values are gathered from the live, dense scores, and all of the family's own
+arithmetic runs downstream of them, with its gradient.
+
+Shapes: N tokens of a forward pass, M mixture-of-experts layers, E experts, K of them a token.
+
+References:
+    R3: arXiv 2510.11370.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from miles.errors import RoutingError, SettingError, UnsupportedModelError
+from miles.moe.tape import RoutingTape
+
+__all__ = ["ROUTER_FAMILIES", "RouterFamily", "RoutingReplay"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFamily:
+    """How to recognise a family's router, and where it says its sizes."""
+
+    router: str
+    """Name of the class whose forward calls `topk` over the scores of all experts."""
+    num_experts: str = "num_experts"
+    """Attribute of the router that holds E."""
+    topk: str = "top_k"
+    """Attribute of the router that holds K."""
+
+
+ROUTER_FAMILIES: list[RouterFamily] = [
+    RouterFamily(router="Qwen3MoeTopKRouter"),
+    RouterFamily(router="Qwen2MoeTopKRouter"),
+    RouterFamily(router="MixtralTopKRouter"),
+    RouterFamily(router="OlmoeTopKRouter"),
+]
+"""The families that are tested; append yours to have `RoutingReplay` find it."""
+
+
+@dataclass
+class _Slot:
+    """One router of the model."""
+
+    name: str
+    module: nn.Module
+    num_experts: int
+    topk: int
+    recorded: list[Tensor] = field(default_factory=list)
+    plan_NK: Tensor | None = None
+    calls: int = 0
+
+
+class RoutingReplay:
+    """Records and replays the routing of one model.
+
+    Nothing is global and nothing stays behind: outside `record` and `replay` the model is as it
+    was.
+
+    Args:
+        model: a transformers model whose routers are in `ROUTER_FAMILIES`.
+
+    Raises:
+        UnsupportedModelError: no known router in the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        families = {family.router: family for family in ROUTER_FAMILIES}
+        self._model = model
+        self._slots = [
+            _Slot(name, module, getattr(module, family.num_experts), getattr(module, family.topk))
+            for name, module in model.named_modules()
+            if (family := families.get(type(module).__name__)) is not None
+        ]
+        if not self._slots:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no router among {sorted(families)}; a dense model needs "
+                "no replay; for another mixture-of-experts family append a RouterFamily to "
+                "miles.moe.ROUTER_FAMILIES"
+            )
+        sizes = {(slot.num_experts, slot.topk) for slot in self._slots}
+        if len(sizes) > 1:
+            raise UnsupportedModelError(
+                f"the routers have different (experts, topk) {sorted(sizes)}; expected one pair for "
+                "all layers"
+            )
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the router modules, in the order of a tape's layers."""
+        return [slot.name for slot in self._slots]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self._slots[0].num_experts
+
+    @property
+    def topk(self) -> int:
+        """K."""
+        return self._slots[0].topk
+
+    def unrecorded(self, num_tokens: int) -> RoutingTape:
+        """A tape of this model's shape in which no row was recorded."""
+        return RoutingTape.unrecorded(
+            num_tokens, num_layers=len(self._slots), topk=self.topk, num_experts=self.num_experts
+        )
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[RoutingTape]:
+        """Note the routing of the forward passes inside; the tape is filled when the block ends.
+
+        Several forward passes are laid end to end. A padded `[B, L]` batch gives B * L rows.
+        """
+        tape = self.unrecorded(0)
+        for slot in self._slots:
+            slot.recorded.clear()
+        with self._intercepting(_record):
+            yield tape
+        layers = [torch.cat(slot.recorded) if slot.recorded else None for slot in self._slots]
+        rows = {slot.name: 0 if ids is None else len(ids) for slot, ids in zip(self._slots, layers, strict=True)}
+        if len(set(rows.values())) > 1:
+            raise RoutingError(f"layers recorded different numbers of tokens: {rows}")
+        present = [ids for ids in layers if ids is not None]
+        if present:
+            filled = RoutingTape(torch.stack(present, 1), num_experts=self.num_experts)
+            tape.__dict__.update(filled.__dict__)
+
+    @contextlib.contextmanager
+    def replay(
+        self,
+        tape: RoutingTape,
+        invalid: Literal["raise", "natural"] = "raise",
+        *,
+        required_N: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Force the experts of `tape` in every forward pass inside.
+
+        Args:
+            tape: one row for each token of the forward pass, padding included.
+            invalid: what to do where a row was not recorded: raise, or let the router choose.
+            required_N: bool `[N]`, rows that must be recorded under `invalid="raise"`; the others
+                (padding, the last token of a sequence) fall back to the router. All, by default.
+
+        Raises:
+            RoutingError: the tape does not fit the model or the batch, a required row is missing,
+                or a router did not call `topk`, so that nothing was replayed.
+        """
+        if invalid not in ("raise", "natural"):
+            raise SettingError(f"invalid is {invalid!r}; expected 'raise' or 'natural'")
+        self._check_tape(tape, invalid, required_N)
+        device = next(self._model.parameters()).device
+        ids = tape.expert_ids.to(device=device, dtype=torch.int64)
+        for layer, slot in enumerate(self._slots):
+            slot.plan_NK, slot.calls = ids[:, layer], 0
+        holes = not bool(tape.recorded_N.all())
+        try:
+            with self._intercepting(_replay_with_holes if holes else _replay):
+                yield
+        finally:
+            for slot in self._slots:
+                slot.plan_NK = None
+        idle = [slot.name for slot in self._slots if slot.calls == 0]
+        if idle and len(idle) < len(self._slots):
+            raise RoutingError(f"nothing was replayed in {idle}: these routers did not run a topk")
+
+    def _check_tape(self, tape: RoutingTape, invalid: str, required_N: Tensor | None) -> None:
+        got = (tape.num_layers, tape.topk, tape.num_experts)
+        expected = (len(self._slots), self.topk, self.num_experts)
+        if got != expected:
+            raise RoutingError(
+                f"the tape has (layers, topk, experts) {got} and the model {expected}; expected the "
+                "same; was it recorded with this model?"
+            )
+        if required_N is not None and required_N.shape != (len(tape),):
+            raise RoutingError(
+                f"required_N has shape {tuple(required_N.shape)}; expected [{len(tape)}], one for "
+                "each row of the tape"
+            )
+        missing_N = ~tape.recorded_N
+        if required_N is not None:
+            missing_N &= required_N.to("cpu")
+        if invalid == "raise" and bool(missing_N.any()):
+            raise RoutingError(
+                f"{int(missing_N.sum())} of {len(tape)} rows were not recorded, the first at token "
+                f'{int(missing_N.nonzero()[0])}; record them, or pass invalid="natural" to let the '
+                "router choose there"
+            )
+
+    @contextlib.contextmanager
+    def _intercepting(self, handle: _Handler) -> Iterator[None]:
+        _refuse_checkpointing(self._model)
+        with contextlib.ExitStack() as stack:
+            for slot in self._slots:
+                stack.enter_context(_wrapped_forward(slot, handle))
+            yield
+
+
+_Handler = Callable[[_Slot, Tensor, Callable[[], Any]], Any]
+
+
+def _record(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+    out = live()
+    slot.recorded.append(out[1].detach().to(torch.int16))
+    return out
+
+
+def _replay(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+    plan_NK = _plan(slot, scores_NE)
+    return torch.return_types.topk((scores_NE.gather(-1, plan_NK), plan_NK))
+
+
+def _replay_with_holes(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+    plan_NK = _plan(slot, scores_NE)
+    plan_NK = torch.where(plan_NK < 0, live()[1], plan_NK)
+    return torch.return_types.topk((scores_NE.gather(-1, plan_NK), plan_NK))
+
+
+def _plan(slot: _Slot, scores_NE: Tensor) -> Tensor:
+    assert slot.plan_NK is not None
+    slot.calls += 1
+    if slot.plan_NK.shape[0] != scores_NE.shape[0]:
+        raise RoutingError(
+            f"{slot.name} processes {scores_NE.shape[0]} tokens and the tape has "
+            f"{slot.plan_NK.shape[0]}; expected one row a token, padding included"
+        )
+    return slot.plan_NK
+
+
+class _TopKInterceptor(TorchFunctionMode):
+    def __init__(self, slot: _Slot, handle: _Handler) -> None:
+        super().__init__()
+        self._slot, self._handle = slot, handle
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk):
+            scores = args[0] if args else kwargs["input"]
+            k = args[1] if len(args) > 1 else kwargs["k"]
+            # Group-limited routers run other topk calls too; theirs have other sizes.
+            if scores.ndim == 2 and scores.shape[-1] == self._slot.num_experts and k == self._slot.topk:
+                return self._handle(self._slot, scores, lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _wrapped_forward(slot: _Slot, handle: _Handler) -> Iterator[None]:
+    original = slot.module.forward
+    shadowed = slot.module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _TopKInterceptor(slot, handle):
+            return original(*args, **kwargs)
+
+    slot.module.forward = forward
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del slot.module.forward
+        else:
+            slot.module.forward = shadowed
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if not model.training:
+        return
+    on = [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False) is True]
+    if on:
+        raise UnsupportedModelError(
+            f"gradient checkpointing is on ({len(on)} modules), and its second forward pass would "
+            "run after the replay ended, with other experts; expected "
+            "model.gradient_checkpointing_disable()"
+        )

@@ -1,0 +1,165 @@
+"""Which experts each token went to.
+
+Shapes: N tokens, M mixture-of-experts layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from miles.errors import EmptyBatchError, RoutingError
+
+__all__ = ["RoutingTape", "routing_agreement"]
+
+NOT_RECORDED = -1
+
+
+class RoutingTape:
+    """Expert ids of every token in every mixture-of-experts layer, in few bytes.
+
+    One byte an index up to 256 experts, two above. Row t is the routing used to process token t.
+
+    Args:
+        expert_ids: integer `[N, M, K]`, in `0..num_experts-1`, or -1 in a whole row for a token
+            whose routing was not recorded.
+        num_experts: experts of one layer.
+
+    Raises:
+        RoutingError: another shape, ids out of range, or a row that is recorded in part.
+
+    Example:
+        >>> from miles.moe import RoutingTape
+        >>> tape = RoutingTape(torch.tensor([[[3, 1]], [[-1, -1]]]), num_experts=8)
+        >>> len(tape), tape.nbytes, tape[1:].expert_ids.tolist()
+        (2, 6, [[[-1, -1]]])
+    """
+
+    def __init__(self, expert_ids: Tensor, *, num_experts: int) -> None:
+        if expert_ids.ndim != 3 or expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
+            raise RoutingError(
+                f"expert_ids is {expert_ids.dtype} of shape {tuple(expert_ids.shape)}; expected "
+                "integers [num_tokens, num_moe_layers, topk]"
+            )
+        if not 0 < num_experts <= 32768:
+            raise RoutingError(f"num_experts is {num_experts}; expected 1 to 32768")
+        expert_ids = expert_ids.detach().to("cpu")
+        absent = expert_ids == NOT_RECORDED
+        holes_N = absent.flatten(1).all(1) if expert_ids[0:1].numel() else absent.new_zeros(len(absent))
+        valid = ((expert_ids >= 0) & (expert_ids < num_experts)) | holes_N[:, None, None]
+        if not bool(valid.all()):
+            token, layer = (~valid).nonzero()[0, :2].tolist()
+            raise RoutingError(
+                f"token {token}, layer {layer}: expert ids {expert_ids[token, layer].tolist()}; "
+                f"expected 0..{num_experts - 1}, or -1 in the whole row of a token that was not "
+                "recorded"
+            )
+        self.num_experts = num_experts
+        self._ids = torch.where(holes_N[:, None, None], 0, expert_ids).to(_storage(num_experts))
+        self._holes_N: Tensor | None = holes_N if bool(holes_N.any()) else None
+
+    @classmethod
+    def unrecorded(cls, num_tokens: int, *, num_layers: int, topk: int, num_experts: int) -> Self:
+        """A tape of rows that say "not recorded", to stand for padding."""
+        ids = torch.full((num_tokens, num_layers, topk), NOT_RECORDED, dtype=torch.int16)
+        return cls(ids, num_experts=num_experts)
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """int16 `[N, M, K]`; -1 where a row was not recorded."""
+        ids = self._ids.to(torch.int16)
+        if self._holes_N is None:
+            return ids
+        return torch.where(self._holes_N[:, None, None], NOT_RECORDED, ids)
+
+    @property
+    def recorded_N(self) -> Tensor:
+        """bool `[N]`: rows that hold a routing."""
+        if self._holes_N is None:
+            return torch.ones(len(self), dtype=torch.bool)
+        return ~self._holes_N
+
+    @property
+    def num_layers(self) -> int:
+        """Mixture-of-experts layers; dense ones have no place here."""
+        return self._ids.shape[1]
+
+    @property
+    def topk(self) -> int:
+        """Experts a token goes to."""
+        return self._ids.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        holes = 0 if self._holes_N is None else self._holes_N.nbytes
+        return self._ids.nbytes + holes
+
+    def __len__(self) -> int:
+        return self._ids.shape[0]
+
+    def __getitem__(self, tokens: slice) -> RoutingTape:
+        part = object.__new__(RoutingTape)
+        part.num_experts = self.num_experts
+        part._ids = self._ids[tokens]
+        part._holes_N = None if self._holes_N is None else self._holes_N[tokens]
+        return part
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RoutingTape)
+            and self.num_experts == other.num_experts
+            and torch.equal(self.expert_ids, other.expert_ids)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        holes = 0 if self._holes_N is None else int(self._holes_N.sum())
+        return (
+            f"RoutingTape(tokens={len(self)}, layers={self.num_layers}, topk={self.topk}, "
+            f"num_experts={self.num_experts}, not_recorded={holes})"
+        )
+
+    @classmethod
+    def cat(cls, tapes: Sequence[RoutingTape]) -> RoutingTape:
+        """Tapes end to end."""
+        if not tapes:
+            raise EmptyBatchError("RoutingTape.cat got no tape; expected at least one")
+        first = tapes[0]
+        for index, tape in enumerate(tapes):
+            got = (tape.num_layers, tape.topk, tape.num_experts)
+            expected = (first.num_layers, first.topk, first.num_experts)
+            if got != expected:
+                raise RoutingError(
+                    f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as tape 0"
+                )
+        return cls(torch.cat([tape.expert_ids for tape in tapes]), num_experts=first.num_experts)
+
+
+def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
+    """Share of (token, layer) pairs that went to the same set of experts, in any order.
+
+    Rows that either tape did not record are left out; NaN when none is left.
+
+    >>> from miles.moe import RoutingTape, routing_agreement
+    >>> a = RoutingTape(torch.tensor([[[0, 1]], [[2, 3]]]), num_experts=4)
+    >>> b = RoutingTape(torch.tensor([[[1, 0]], [[2, 1]]]), num_experts=4)
+    >>> routing_agreement(a, b)
+    0.5
+    """
+    if a.expert_ids.shape != b.expert_ids.shape:
+        raise RoutingError(
+            f"tapes have shapes {tuple(a.expert_ids.shape)} and {tuple(b.expert_ids.shape)}; "
+            "expected the same tokens, layers and topk"
+        )
+    both_N = a.recorded_N & b.recorded_N
+    same = a.expert_ids[both_N].sort(-1).values == b.expert_ids[both_N].sort(-1).values
+    return float(same.all(-1).to(torch.float64).mean())
+
+
+def _storage(num_experts: int) -> torch.dtype:
+    return torch.uint8 if num_experts <= 256 else torch.int16

@@ -1,0 +1,323 @@
+"""Key/value memory of the embedded engine: which rows of which forward pass belong to whom.
+
+Shapes: U distinct prompts, L padded prompt length, R rows of a decoding step, V vocabulary
+entries, M mixture-of-experts layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from miles.moe.replay import RoutingReplay
+
+__all__ = ["KVMemory", "RequestMemory", "SlotMemory", "supports_slots"]
+
+LENGTH_TILE = 16
+KEY_TILE = 64
+
+
+class KVMemory(Protocol):
+    """What the engine needs: prefill some slots, then decode one token for each."""
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Process `prompts[u]` for all of `slots[u]`.
+
+        Returns logits `[U, V]` of the last token, and expert ids `[len, M, K]` of each prompt.
+        """
+        ...
+
+    def decode(
+        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Process one token a slot; returns logits `[len(slots), V]` and ids `[len(slots), M, K]`."""
+        ...
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Give `source`'s first `length` positions to the free slot `target`."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """Forget what the slot holds."""
+        ...
+
+
+def supports_slots(model: nn.Module) -> str | None:
+    """None if `SlotMemory` can serve the model, else the reason why not."""
+    config: Any = model.config
+    text_config = config.get_text_config(decoder=True)
+    kinds = {type(layer) for layer in DynamicCache(config=text_config).layers}
+    if kinds != {DynamicLayer}:
+        names = sorted(kind.__name__ for kind in kinds) or ["none declared"]
+        return f"its layers keep other state than full attention ({', '.join(names)})"
+    attention = getattr(text_config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        return f'its attention implementation is {attention!r}, not "sdpa" or "eager"'
+    return None
+
+
+class SlotMemory:
+    """One rectangle of keys and values for all requests; a slot is a row of it.
+
+    A decoding step runs rows `0..R-1` with R rounded up to a tile, so that the shape of the
+    arithmetic, and with it every bit of a row's result, does not depend on who else is there (where
+    the kernels themselves keep rows apart).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recorder: RoutingReplay | None,
+        *,
+        num_slots: int,
+        max_context: int,
+        row_tile: int,
+    ) -> None:
+        self._model, self._row_tile = model, row_tile
+        config: Any = model.config
+        self._eager = config.get_text_config(decoder=True)._attn_implementation == "eager"
+        num_layers = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
+        self._layers = [_SlotLayer(num_slots, max_context) for _ in range(num_layers)]
+        self._cache = Cache(layers=list(self._layers))
+        self._recorder = recorder
+        self._num_slots = num_slots
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        device = _device(self._model)
+        width = _round_up(max(len(prompt) for prompt in prompts), LENGTH_TILE)
+        ids_UL = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids_UL[row, : len(prompt)] = torch.tensor(prompt)
+        lengths = [len(prompt) for prompt in prompts]
+        owners = [(row, slot) for row, group in enumerate(slots) for slot in group]
+        rows, targets = (torch.tensor(column, device=device) for column in zip(*owners, strict=True))
+        for layer in self._layers:
+            layer.write_rows(rows, targets)
+        # Causal attention never looks right, so padding there needs no mask.
+        last_U = torch.tensor(lengths, device=device) - 1
+        with _only_positions(self._model, last_U), _recording(self._recorder) as tape:
+            logits_UV = self._forward(ids_UL.to(device), torch.arange(width, device=device)[None], None)
+        if self._recorder is None:
+            return logits_UV, None
+        expert_ids = tape.expert_ids.unflatten(0, (len(prompts), width))
+        return logits_UV, [expert_ids[row, :n] for row, n in enumerate(lengths)]
+
+    def decode(
+        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        device = _device(self._model)
+        num_rows = min(_round_up(max(slots) + 1, self._row_tile), self._num_slots)
+        ids_R1 = torch.zeros((num_rows, 1), dtype=torch.int64)
+        positions_R1 = torch.zeros((num_rows, 1), dtype=torch.int64)
+        ids_R1[slots, 0] = torch.tensor(tokens)
+        positions_R1[slots, 0] = torch.tensor(positions)
+        ids_R1, positions_R1 = ids_R1.to(device), positions_R1.to(device)
+        num_keys = _round_up(max(positions) + 1, KEY_TILE)
+        for layer in self._layers:
+            num_keys = min(num_keys, layer.max_context)
+            layer.write_tokens(positions_R1[:, 0], num_keys)
+        visible = torch.arange(num_keys, device=device) <= positions_R1
+        with _recording(self._recorder) as tape:
+            logits_RV = self._forward(ids_R1, positions_R1, self._mask(visible[:, None, None]))
+        index = torch.tensor(slots)
+        expert_ids = None if self._recorder is None else tape.expert_ids[index]
+        return logits_RV[index.to(device)], expert_ids
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for layer in self._layers:
+            layer.copy(source, target, length)
+
+    def free(self, slot: int) -> None:
+        """Nothing to do: what a slot holds beyond its own length is never looked at."""
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        out = self._model(
+            input_ids=ids,
+            position_ids=positions.expand(ids.shape[0], -1),
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        if not self._eager:
+            return visible
+        dtype = next(self._model.parameters()).dtype
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The rectangle of one attention layer; told before each forward pass where to write."""
+
+    is_sliding = False
+
+    def __init__(self, num_slots: int, max_context: int) -> None:
+        super().__init__()
+        self.num_slots, self.max_context = num_slots, max_context
+        self._prefill: tuple[Tensor, Tensor] | None = None
+        self._positions_R: Tensor | None = None
+        self._num_keys = 0
+
+    def write_rows(self, rows: Tensor, slots: Tensor) -> None:
+        """Next: row `rows[i]` of the batch goes to slot `slots[i]`, from position 0."""
+        self._prefill, self._positions_R = (rows, slots), None
+
+    def write_tokens(self, positions_R: Tensor, num_keys: int) -> None:
+        """Next: one token for each of the first R slots; attention sees `num_keys` positions."""
+        self._prefill, self._positions_R, self._num_keys = None, positions_R, num_keys
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store what the layer computed; return what it may attend to."""
+        if self._prefill is not None:
+            rows, slots = self._prefill
+            width = min(key_states.shape[2], self.max_context)
+            self._reserve(key_states, value_states, width)
+            self.keys[slots, :, :width] = key_states[rows, :, :width]
+            self.values[slots, :, :width] = value_states[rows, :, :width]
+            return key_states, value_states
+        assert self._positions_R is not None
+        num_rows = key_states.shape[0]
+        self._reserve(key_states, value_states, self._num_keys)
+        rows_R = torch.arange(num_rows, device=key_states.device)
+        self.keys[rows_R, :, self._positions_R] = key_states[:, :, 0]
+        self.values[rows_R, :, self._positions_R] = value_states[:, :, 0]
+        return (
+            self.keys[:num_rows, :, : self._num_keys],
+            self.values[:num_rows, :, : self._num_keys],
+        )
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot."""
+        self.keys[target, :, :length] = self.keys[source, :, :length]
+        self.values[target, :, :length] = self.values[source, :, :length]
+
+    def _reserve(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Grow by doubling, up to the context; zeros, since 0 x garbage may be NaN."""
+        held = 0 if self.keys is None else self.keys.shape[2]
+        if held >= length:
+            return
+        size = min(max(_round_up(length, KEY_TILE), 2 * held), self.max_context)
+        grown = [
+            new.new_zeros((self.num_slots, new.shape[1], size, new.shape[3])) for new in (keys, values)
+        ]
+        if self.keys is not None and self.values is not None:
+            grown[0][:, :, :held] = self.keys
+            grown[1][:, :, :held] = self.values
+        self.keys, self.values = grown
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Part of the base class; storage is made in `update`."""
+
+    def get_seq_length(self) -> int:
+        """Positions and masks are given explicitly, so nothing is derived from this."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """A prefill attends to its own tokens only."""
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        """The engine's context."""
+        return self.max_context
+
+
+class RequestMemory:
+    """A cache of the model's own kind for each request, one forward pass each.
+
+    Slower, and right for every model that transformers can generate with: sliding windows,
+    linear attention, state-space layers.
+    """
+
+    def __init__(self, model: nn.Module, recorder: RoutingReplay | None) -> None:
+        self._model, self._recorder = model, recorder
+        self._caches: dict[int, Any] = {}
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        logits: list[Tensor] = []
+        expert_ids: list[Tensor] = []
+        for prompt, owners in zip(prompts, slots, strict=True):
+            cache, last_V, ids = self._forward(list(prompt), 0, None)
+            logits.append(last_V)
+            expert_ids += [] if ids is None else [ids]
+            for owner in owners:
+                self._caches[owner] = cache if owner == owners[-1] else copy.deepcopy(cache)
+        return torch.stack(logits), expert_ids or None
+
+    def decode(
+        self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        logits: list[Tensor] = []
+        expert_ids: list[Tensor] = []
+        for slot, token, position in zip(slots, tokens, positions, strict=True):
+            self._caches[slot], last_V, ids = self._forward([token], position, self._caches[slot])
+            logits.append(last_V)
+            expert_ids += [] if ids is None else [ids]
+        return torch.stack(logits), torch.cat(expert_ids) if expert_ids else None
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self._caches[target] = self._caches.pop(source)
+
+    def free(self, slot: int) -> None:
+        self._caches.pop(slot, None)
+
+    def _forward(self, tokens: list[int], start: int, cache: Any) -> tuple[Any, Tensor, Tensor | None]:
+        device = _device(self._model)
+        positions = torch.arange(start, start + len(tokens), device=device)[None]
+        with _recording(self._recorder) as tape:
+            out = self._model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        ids = None if self._recorder is None else tape.expert_ids
+        return out.past_key_values, out.logits[0, -1], ids
+
+
+@contextlib.contextmanager
+def _recording(recorder: RoutingReplay | None) -> Iterator[Any]:
+    if recorder is None:
+        yield None
+        return
+    with recorder.record() as tape:
+        yield tape
+
+
+@contextlib.contextmanager
+def _only_positions(model: nn.Module, last_U: Tensor) -> Iterator[None]:
+    """Have the head see one position a row, so that no `[U, L, V]` is ever made."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[torch.arange(hidden.shape[0], device=hidden.device), last_U][:, None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _round_up(value: int, tile: int) -> int:
+    return -(-value // tile) * tile

@@ -1,0 +1,482 @@
+"""An embedded rollout engine over any transformers causal language model.
+
+Shapes: R requests in a step, V vocabulary entries, M mixture-of-experts layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from miles.errors import (
+    EmptyBatchError,
+    EngineError,
+    MissingExtraError,
+    PromptTooLongError,
+    SettingError,
+    StopTokenError,
+    UnsupportedModelError,
+)
+from miles.moe.replay import RoutingReplay
+from miles.moe.tape import RoutingTape
+from miles.rollout.sample import Sample, SamplingParams, Status
+
+if TYPE_CHECKING:
+    from miles.rollout._kv import KVMemory
+
+__all__ = ["HFEngine"]
+
+MAX_PREFILL_TOKENS = 8192
+DRAWS = 256
+
+
+class HFEngine:
+    """Continuous batching over a transformers model, in this process.
+
+    A finished request's slot is refilled at the next step, prompts of different length run
+    together, equal prompts that arrive together are processed once, and every token comes with the
+    log-prob it was sampled with and the version of the weights. Generation runs in a thread of the
+    engine's own, so any event loop, or none, can wait for it.
+
+    Args:
+        model: a causal language model of transformers, on any device. It is put in eval mode.
+        max_batch: requests that are generated at once.
+        max_context: most tokens of prompt and answer; the model's own limit by default.
+        eos_token_ids: tokens that end an answer; the model's generation config by default.
+        record_routing: "auto" records expert ids if `RoutingReplay` knows the model's routers.
+        weight_version: version of the weights that the model holds now.
+        row_tile: decoding steps run a multiple of so many rows. With bf16 on a CPU, and with
+            float32 dense models there, a request's tokens and log-probs then have the same bits
+            whatever else is in the batch; elsewhere its random draws are the same and log-probs
+            differ by the kernels' rounding.
+
+    Example:
+        >>> import asyncio
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from miles.rollout import HFEngine, SamplingParams
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
+        ...                      num_hidden_layers=1, num_attention_heads=1, eos_token_id=None)
+        >>> engine = HFEngine(LlamaForCausalLM(config), max_batch=4, weight_version=7)
+        >>> sample = asyncio.run(engine.generate([1, 2, 3], SamplingParams(max_new_tokens=5, seed=0)))
+        >>> len(sample.response_tokens), sample.weight_versions, str(sample.status)
+        (5, [7], 'truncated')
+        >>> engine.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_batch: int = 64,
+        max_context: int | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+        record_routing: bool | Literal["auto"] = "auto",
+        weight_version: int = 0,
+        row_tile: int = 16,
+    ) -> None:
+        if max_batch < 1:
+            raise SettingError(f"max_batch is {max_batch}; expected 1 or more")
+        self.model = model.eval()
+        config: Any = model.config
+        text_config = config.get_text_config(decoder=True)
+        self._vocab_size: int = text_config.vocab_size
+        limit: int = text_config.max_position_embeddings
+        self._max_context = limit if max_context is None else min(max_context, limit)
+        self._eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
+        self._check_stop_tokens(self._eos)
+        self._recorder = _recorder(model, record_routing)
+        self._memory = _memory(model, self._recorder, max_batch, self._max_context, row_tile)
+        self._version = weight_version
+        self._ids = itertools.count()
+        self._queue: deque[_Request] = deque()
+        self._active: dict[int, _Request] = {}
+        self._free = sorted(range(max_batch), reverse=True)
+        self._changed = threading.Condition()
+        self._stepping = self._paused = self._closed = False
+        self._visitors = 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights that the next token will be sampled with."""
+        return self._version
+
+    @property
+    def records_routing(self) -> bool:
+        """Whether samples come with a `RoutingTape`."""
+        return self._recorder is not None
+
+    async def generate(
+        self,
+        prompt: Sequence[int] | Sample,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+    ) -> Sample:
+        """Continue a prompt and return a new `Sample`; what was passed in stays as it was.
+
+        Args:
+            prompt: token ids, or an aborted `Sample`, whose tokens, log-probs, spans and routing
+                are kept and whose answer goes on.
+            params: how to sample.
+            request_id: name for `abort`; one is made up by default.
+
+        Raises:
+            PromptTooLongError, StopTokenError, SettingError, EmptyBatchError: see the text.
+            EngineError: the model failed; the request is lost and the engine goes on.
+        """
+        return await asyncio.wrap_future(self.submit(prompt, params, request_id=request_id))
+
+    def submit(
+        self,
+        prompt: Sequence[int] | Sample,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+    ) -> Future[Sample]:
+        """`generate` for code without an event loop: a `concurrent.futures.Future`."""
+        sample = prompt.copy() if isinstance(prompt, Sample) else _new_sample(prompt)
+        self._check(sample, params)
+        request = _Request(
+            request_id=f"request-{next(self._ids)}" if request_id is None else request_id,
+            sample=sample,
+            params=params,
+            stop=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            draws=_Draws(params.seed),
+        )
+        sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
+        with self._changed:
+            if self._closed:
+                raise EngineError("the engine is closed; make a new one")
+            self._queue.append(request)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="HFEngine", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return request.future
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all). Their `generate` returns what there is, ABORTED."""
+        await asyncio.to_thread(self.abort_now, request_ids)
+
+    def abort_now(self, request_ids: Sequence[str] | None = None) -> None:
+        """`abort` for code without an event loop."""
+        with self._between_steps():
+            for request in [*self._active.values(), *self._queue]:
+                if request_ids is None or request.request_id in request_ids:
+                    self._finish(request, Status.ABORTED, "abort")
+
+    async def pause(self) -> None:
+        """Sample no further token until `resume`; returns when the step under way is over."""
+        await asyncio.to_thread(self._set_paused, True)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await asyncio.to_thread(self._set_paused, False)
+
+    def close(self) -> None:
+        """Abort everything and end the engine's thread."""
+        self.abort_now()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def weight_tensors(self) -> Mapping[str, Tensor]:
+        """The live parameters and buffers by name; of tied ones, the first name."""
+        seen: dict[int, str] = {}
+        state = self.model.state_dict(keep_vars=True)
+        return {name: t for name, t in state.items() if seen.setdefault(id(t), name) == name}
+
+    def commit_weights(
+        self, tensors: Mapping[str, Tensor], *, version: int, alias: bool = False
+    ) -> None:
+        """Serve `tensors` as `version` from the next step on; running requests keep their caches."""
+        with self._between_steps(), torch.no_grad():
+            for name, live in self.weight_tensors().items():
+                if alias:
+                    live.data = tensors[name]
+                elif live.data_ptr() != tensors[name].data_ptr():
+                    live.data.copy_(tensors[name])
+            self._version = version
+
+    # Everything below runs in the engine's thread, or between two of its steps.
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        with self._changed:
+            self._visitors += 1
+            try:
+                self._changed.wait_for(lambda: not self._stepping)
+                yield
+            finally:
+                self._visitors -= 1
+                self._changed.notify_all()
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._between_steps():
+            self._paused = paused
+
+    def _work(self) -> None:
+        def may_step() -> bool:
+            busy = bool(self._queue or self._active)
+            return self._closed or (busy and not self._paused and not self._visitors)
+
+        while True:
+            with self._changed:
+                self._changed.wait_for(may_step)
+                if self._closed:
+                    return
+                self._stepping = True
+            finished: list[_Request] = []
+            try:
+                with torch.no_grad():
+                    finished = self._step()
+            except Exception:
+                self._fail_all(traceback.format_exc())
+            finally:
+                with self._changed:
+                    for request in finished:
+                        self._finish(request, *request.ending)
+                    self._stepping = False
+                    self._changed.notify_all()
+
+    def _step(self) -> list[_Request]:
+        """Fill free slots, then one token for every active request; returns those that ended."""
+        finished = self._admit()
+        running = [r for r in self._active.values() if not r.ended]
+        if running:
+            self._compact()
+            tokens = [r.sample.tokens[-1] for r in running]
+            positions = [len(r.sample.tokens) - 1 for r in running]
+            logits_RV, expert_ids = self._memory.decode([r.slot for r in running], tokens, positions)
+            if expert_ids is not None:
+                for request, ids in zip(running, expert_ids, strict=True):
+                    request.routing.append(ids[None])
+            finished += self._sample(running, logits_RV)
+        return finished
+
+    def _admit(self) -> list[_Request]:
+        prompts: dict[tuple[int, ...], list[_Request]] = {}
+        budget = MAX_PREFILL_TOKENS
+        with self._changed:
+            while self._queue and self._free and (budget > 0 or not prompts):
+                request = self._queue.popleft()
+                request.slot = self._free.pop()
+                self._active[request.slot] = request
+                prompt = tuple(request.sample.tokens)
+                budget -= 0 if prompt in prompts else len(prompt)
+                prompts.setdefault(prompt, []).append(request)
+        if not prompts:
+            return []
+        groups = list(prompts.values())
+        logits_UV, expert_ids = self._memory.prefill(
+            list(prompts), [[request.slot for request in group] for group in groups]
+        )
+        for index, group in enumerate(groups):
+            for request in group:
+                if expert_ids is not None:
+                    request.routing.append(expert_ids[index][self._held_rows(request.sample) :])
+        rows = [index for index, group in enumerate(groups) for _ in group]
+        return self._sample([r for group in groups for r in group], logits_UV[rows])
+
+    def _held_rows(self, sample: Sample) -> int:
+        """Rows that a resumed sample's first pass owns: they belong to its log-probs.
+
+        If that routing is gone, the rows are marked so; those of this pass are other weights'.
+        """
+        if not sample.spans or self._recorder is None:
+            return 0
+        if sample.routing is None:
+            sample.routing = self._recorder.unrecorded(len(sample.tokens) - 1)
+        return len(sample.routing)
+
+    def _sample(self, requests: list[_Request], logits_RV: Tensor) -> list[_Request]:
+        temperatures = [r.params.temperature for r in requests]
+        draws = [r.draws[len(r.sample.response_tokens)] for r in requests]
+        tokens, logprobs = _draw(logits_RV, temperatures, draws)
+        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
+            sample = request.sample
+            sample.append([token], logprobs=[logprob], weight_version=self._version)
+            if token in request.stop:
+                request.ending = (Status.COMPLETED, "stop")
+            elif (
+                len(sample.response_tokens) >= request.params.max_new_tokens
+                or len(sample.tokens) >= self._max_context
+            ):
+                request.ending = (Status.TRUNCATED, "length")
+        return [request for request in requests if request.ended]
+
+    def _compact(self) -> None:
+        """Move requests from high slots to free low ones, so that a step runs few rows."""
+        while self._free and self._active and (top := max(self._active)) > (low := self._free[-1]):
+            request = self._active.pop(top)
+            self._memory.move(top, low, len(request.sample.tokens))
+            self._free[-1] = top
+            self._free.sort(reverse=True)
+            request.slot = low
+            self._active[low] = request
+
+    def _finish(self, request: _Request, status: Status, reason: str) -> None:
+        if request.slot in self._active and self._active[request.slot] is request:
+            del self._active[request.slot]
+            self._memory.free(request.slot)
+            self._free.append(request.slot)
+            self._free.sort(reverse=True)
+        else:
+            self._queue.remove(request)
+        sample = request.sample
+        sample.status = status
+        sample.metadata["finish_reason"] = reason
+        if self._recorder is not None and request.routing:
+            rows = RoutingTape(torch.cat(request.routing), num_experts=self._recorder.num_experts)
+            kept = [] if sample.routing is None else [sample.routing]
+            sample.routing = RoutingTape.cat([*kept, rows])
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(sample)
+
+    def _fail_all(self, reason: str) -> None:
+        with self._changed:
+            for request in list(self._active.values()):
+                del self._active[request.slot]
+                self._memory.free(request.slot)
+                self._free.append(request.slot)
+                if request.future.set_running_or_notify_cancel():
+                    request.future.set_exception(EngineError(f"the model failed:\n{reason}"))
+            self._free.sort(reverse=True)
+
+    def _check(self, sample: Sample, params: SamplingParams) -> None:
+        outside = [t for t in sample.tokens if not 0 <= t < self._vocab_size]
+        if outside:
+            raise SettingError(
+                f"the prompt holds tokens {outside[:8]}; expected 0..{self._vocab_size - 1}"
+            )
+        if len(sample.tokens) >= self._max_context:
+            raise PromptTooLongError(
+                f"the prompt has {len(sample.tokens)} tokens and the context {self._max_context}; "
+                "expected room for at least one more; shorten it, or raise max_context"
+            )
+        if len(sample.response_tokens) >= params.max_new_tokens:
+            raise SettingError(
+                f"the sample to resume has {len(sample.response_tokens)} generated tokens and "
+                f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
+            )
+        self._check_stop_tokens(params.stop_token_ids)
+
+    def _check_stop_tokens(self, tokens: Iterable[int]) -> None:
+        unknown = sorted(t for t in tokens if not 0 <= t < self._vocab_size)
+        if unknown:
+            raise StopTokenError(
+                f"stop tokens {unknown} are not in the vocabulary; expected 0..{self._vocab_size - 1}"
+            )
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request on its way through the engine."""
+
+    request_id: str
+    sample: Sample
+    params: SamplingParams
+    stop: frozenset[int]
+    draws: _Draws
+    slot: int = -1
+    ending: tuple[Status, str] = (Status.PENDING, "")
+    routing: list[Tensor] = field(default_factory=list)
+    future: Future[Sample] = field(default_factory=Future)
+
+    @property
+    def ended(self) -> bool:
+        return self.ending[0] is not Status.PENDING
+
+
+class _Draws:
+    """Uniform numbers of one request, by position: the same on every device, in any company."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = random.getrandbits(48) if seed is None else seed
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._values: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        while len(self._values) <= position:
+            block = torch.rand(DRAWS, generator=self._generator, dtype=torch.float64)
+            self._values += block.tolist()
+        return self._values[position]
+
+
+def _draw(
+    logits_RV: Tensor, temperatures: list[float], draws: list[float]
+) -> tuple[list[int], list[float]]:
+    """One token a row by inverting the distribution function, and its log-prob."""
+    device = logits_RV.device
+    temperature_R1 = torch.tensor([t or 1.0 for t in temperatures], device=device)[:, None]
+    logprobs_RV = (logits_RV.float() / temperature_R1).log_softmax(-1)
+    cdf_RV = logprobs_RV.double().exp().cumsum(-1)
+    total_R1 = cdf_RV[:, -1:]
+    draw_R1 = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * total_R1
+    draw_R1 = torch.minimum(draw_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
+    tokens_R1 = torch.searchsorted(cdf_RV, draw_R1, right=True)
+    if not all(temperatures):
+        greedy_R1 = torch.tensor([t == 0 for t in temperatures], device=device)[:, None]
+        tokens_R1 = torch.where(greedy_R1, logprobs_RV.argmax(-1, keepdim=True), tokens_R1)
+    tokens_R1 = tokens_R1.clamp(max=logits_RV.shape[1] - 1)
+    return tokens_R1[:, 0].tolist(), logprobs_RV.gather(-1, tokens_R1)[:, 0].tolist()
+
+
+def _new_sample(prompt: Sequence[int]) -> Sample:
+    if not len(prompt):
+        raise EmptyBatchError("the prompt has no token; expected at least one")
+    return Sample(tokens=[int(token) for token in prompt])
+
+
+def _eos(model: nn.Module) -> list[int]:
+    eos: Any = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+def _recorder(model: nn.Module, record_routing: bool | str) -> RoutingReplay | None:
+    if not record_routing:
+        return None
+    try:
+        return RoutingReplay(model)
+    except UnsupportedModelError:
+        if record_routing == "auto":
+            return None
+        raise
+
+
+def _memory(
+    model: nn.Module, recorder: RoutingReplay | None, max_batch: int, max_context: int, row_tile: int
+) -> KVMemory:
+    try:
+        from miles.rollout import _kv
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    reason = _kv.supports_slots(model)
+    if reason is None:
+        return _kv.SlotMemory(
+            model, recorder, num_slots=max_batch, max_context=max_context, row_tile=row_tile
+        )
+    warnings.warn(
+        f"{type(model).__name__} runs one request at a time, not as a batch, because {reason}; "
+        "results are the same, throughput is lower",
+        stacklevel=3,
+    )
+    return _kv.RequestMemory(model, recorder)

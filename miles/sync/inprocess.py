@@ -1,0 +1,62 @@
+"""Weights for a target in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from miles.protocols import SyncReport, WeightTarget
+from miles.sync._plan import check_version, match
+
+__all__ = ["InProcessSyncer"]
+
+
+class InProcessSyncer:
+    """Hands the trainer's tensors to an engine in the same process.
+
+    Where the engine holds the very same tensors (one model object for both), nothing moves and
+    only the version changes; elsewhere they are copied, cast to the engine's dtype.
+
+    Args:
+        target: the engine.
+
+    Example:
+        >>> from miles.sync import InProcessSyncer
+        >>> class Target:
+        ...     weight_version = 0
+        ...     def __init__(self): self.w = torch.zeros(2)
+        ...     def weight_tensors(self): return {"w": self.w}
+        ...     def commit_weights(self, tensors, *, version, alias=False):
+        ...         self.w.copy_(tensors["w"]); self.weight_version = version
+        >>> target = Target()
+        >>> report = InProcessSyncer(target).push([("w", torch.ones(2))], version=1)
+        >>> target.w.tolist(), report.version, report.num_bytes
+        ([1.0, 1.0], 1, 8)
+    """
+
+    def __init__(self, target: WeightTarget) -> None:
+        self._target = target
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
+        """See `WeightSyncer.push`."""
+        start = time.perf_counter()
+        live = self._target.weight_tensors()
+        changed = check_version(version, self._target.weight_version)
+        matched = match(weights, live) if changed else {}
+        copied = sum(
+            t.nbytes for name, t in live.items() if name in matched and t.data_ptr() != matched[name].data_ptr()
+        )
+        if changed:
+            self._target.commit_weights(matched, version=version)
+        return SyncReport(
+            version=version,
+            num_tensors=len(matched),
+            num_bytes=sum(live[name].nbytes for name in matched),
+            copied_bytes=copied,
+            seconds=time.perf_counter() - start,
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,232 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miles import Packed, count
+from miles.errors import DenominatorError, SettingError, ShapeError
+from miles.losses import aggregate, token_weights
+from tests.steps import poison, quick, random_step
+
+MODES = {
+    "token_mean": {},
+    "seq_mean_token_mean": {},
+    "seq_mean_token_sum": {},
+    "constant": {"constant": 5.0},
+    "group_mean": {},
+    "sum": {},
+}
+every_mode = pytest.mark.parametrize("mode", MODES)
+# sequences of 2, 1 and 0 trainable tokens; groups of 3 and 0
+PACKED = Packed.from_padded(
+    torch.tensor([[True, True], [True, False], [False, False]]), torch.tensor([0, 0, 1])
+)
+LOSS = [1.0, 3.0, 6.0, torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected", "gradient"),
+    [
+        ("token_mean", 10 / 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("seq_mean_token_mean", 4.0, [1 / 4, 1 / 4, 1 / 2]),
+        ("seq_mean_token_sum", 5.0, [1 / 2, 1 / 2, 1 / 2]),
+        ("constant", 1.0, [1 / 10, 1 / 10, 1 / 10]),
+        ("group_mean", 10 / 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("sum", 10.0, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_literals_and_their_gradients(mode, expected, gradient):
+    loss_T = torch.tensor(LOSS, requires_grad=True)
+    loss = aggregate(loss_T, PACKED, count(PACKED), mode=mode, **MODES[mode])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected)
+    assert loss_T.grad.tolist() == pytest.approx([*gradient, 0.0, 0.0, 0.0])
+    assert (loss_T.grad[3:] == 0).all()
+
+
+def test_group_mean_gives_each_group_the_same_say():
+    packed = Packed.from_padded(
+        torch.tensor([[True, True], [True, True], [True, False]]), torch.tensor([0, 0, 2])
+    )
+    loss_T = torch.tensor([1.0, 2.0, 3.0, 6.0, 10.0, torch.nan])
+    assert aggregate(loss_T, packed, count(packed), mode="group_mean").item() == (3.0 + 10.0) / 2
+
+
+def naive(loss_T, packed, mode, weights_T, keep_T, counted_T):
+    """A double loop over sequences and tokens; `counted_T` are those of the denominators."""
+    seqs, ids = packed.seq_ids_T.tolist(), packed.group_ids_S.tolist()
+    counted = [t for t in range(len(seqs)) if counted_T[t]]
+    per_seq = {s: sum(seqs[t] == s for t in counted) for s in range(packed.num_seqs)}
+    per_group = {g: sum(ids[seqs[t]] == g for t in counted) for g in ids}
+    num_seqs = sum(n > 0 for n in per_seq.values())
+    num_groups = sum(n > 0 for n in per_group.values())
+    total = 0.0
+    for s in range(packed.num_seqs):
+        for t in range(len(seqs)):
+            if seqs[t] != s or not packed.mask_T[t] or not keep_T[t]:
+                continue
+            divisor = {
+                "token_mean": len(counted),
+                "seq_mean_token_mean": per_seq[s] * num_seqs,
+                "seq_mean_token_sum": num_seqs,
+                "constant": num_seqs * 5.0,
+                "group_mean": per_group[ids[s]] * num_groups,
+                "sum": 1,
+            }[mode]
+            total += loss_T[t].item() * weights_T[t].item() / divisor
+    return total
+
+
+@every_mode
+@pytest.mark.parametrize("count_rejected", [True, False])
+@quick
+@given(seed=st.integers(0, 10_000))
+def test_every_mode_matches_a_double_loop(mode, count_rejected, seed):
+    step = random_step(seed)
+    mask_T = step.packed.mask_T
+    keep_T = (step.advantages_T < 0.8) | ~mask_T
+    keep_T[0] = True
+    counted_T = mask_T if count_rejected else mask_T & keep_T
+    denominators = count(step.packed, keep_T=None if count_rejected else keep_T)
+    settings = {
+        "weights_T": step.rollout_T.exp(),
+        "keep_T": keep_T,
+        "count_rejected": count_rejected,
+        **MODES[mode],
+    }
+    got = aggregate(step.logprobs_T, step.packed, denominators, mode=mode, **settings)
+    args = (step.logprobs_T, step.packed, mode, settings["weights_T"], keep_T, counted_T)
+    assert got.item() == pytest.approx(naive(*args), rel=1e-12)
+
+
+@every_mode
+def test_token_weights_are_the_gradient_of_aggregate(mode):
+    step = random_step()
+    settings = {
+        "mode": mode,
+        "weights_T": step.rollout_T.exp(),
+        "keep_T": step.advantages_T < 0.8,
+        "averaged_over": 3,
+        **MODES[mode],
+    }
+    denominators = count(step.packed)
+    coefficients_T = token_weights(step.packed, denominators, **settings)
+    loss_T = step.leaf()
+    aggregate(loss_T, step.packed, denominators, **settings).backward()
+    assert coefficients_T.dtype == torch.float64 and not coefficients_T.requires_grad
+    torch.testing.assert_close(loss_T.grad, coefficients_T, rtol=1e-14, atol=0)
+    assert coefficients_T.isfinite().all()
+
+
+@every_mode
+def test_rejected_and_masked_garbage_changes_neither_value_nor_gradient(mode):
+    step = random_step()
+    keep_T = step.advantages_T < 0.8
+    active_T = step.packed.mask_T & keep_T
+    results = []
+    for dirty in (True, False):
+        loss_T = torch.where(active_T, step.logprobs_T, 0)
+        loss_T = (poison(loss_T, active_T) if dirty else loss_T).requires_grad_()
+        weights_T = (
+            step.rollout_T.exp() if dirty else torch.where(active_T, step.rollout_T.exp(), 0)
+        )
+        settings = {"mode": mode, "weights_T": weights_T, "keep_T": keep_T, **MODES[mode]}
+        loss = aggregate(loss_T, step.packed, count(step.packed), **settings)
+        loss.backward()
+        results.append((loss.detach(), loss_T.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[0][1][~active_T] == 0).all()
+
+
+@every_mode
+@pytest.mark.parametrize("which", ["loss", "weight"])
+def test_a_trainable_nan_is_not_hidden(mode, which):
+    loss_T, weights_T = torch.tensor(LOSS), torch.ones(6)
+    (loss_T if which == "loss" else weights_T)[1] = torch.nan
+    settings = {"mode": mode, "weights_T": weights_T, **MODES[mode]}
+    assert aggregate(loss_T, PACKED, count(PACKED), **settings).isnan()
+
+
+@every_mode
+def test_averaged_over_multiplies_back_what_a_wrapper_divides(mode):
+    loss_T, d = torch.tensor(LOSS), count(PACKED)
+    settings = {"mode": mode, **MODES[mode]}
+    one = aggregate(loss_T, PACKED, d, **settings)
+    assert aggregate(loss_T, PACKED, d, averaged_over=4, **settings).item() == pytest.approx(
+        4 * one.item()
+    )
+
+
+@every_mode
+def test_a_micro_batch_without_trainable_tokens_adds_zero_and_backpropagates(mode):
+    idle = Packed.from_padded(torch.zeros(1, 2).bool(), torch.tensor([1]))
+    loss_T = torch.full((2,), torch.nan, requires_grad=True)
+    loss = aggregate(loss_T, idle, count([PACKED, idle]), mode=mode, **MODES[mode])
+    loss.backward()
+    assert loss.item() == 0.0 and loss_T.grad.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtype_of_the_result(dtype, result):
+    assert aggregate(torch.tensor(LOSS, dtype=dtype), PACKED, count(PACKED)).dtype == result
+
+
+def test_many_float32_tokens_are_summed_in_float64():
+    packed = Packed.from_padded(torch.ones(1, 4).bool())
+    loss_T = torch.tensor([2.0**25, 1.0, 1.0, -(2.0**25)])
+    assert aggregate(loss_T, packed, count(packed), mode="sum").item() == 2.0
+
+
+KEEP = PACKED.mask_T.clone()
+
+
+@pytest.mark.parametrize(
+    ("counted_keep", "settings"),
+    [
+        (False, {"keep_T": KEEP, "count_rejected": False}),
+        (True, {"keep_T": KEEP}),
+        (True, {}),
+    ],
+)
+def test_denominators_counted_another_way_are_refused(counted_keep, settings):
+    denominators = count(PACKED, keep_T=KEEP if counted_keep else None)
+    with pytest.raises(DenominatorError, match=r"counted with(out)? keep_T; use count"):
+        aggregate(torch.tensor(LOSS), PACKED, denominators, **settings)
+
+
+@pytest.mark.parametrize("where", ["packed", "denominators"])
+def test_group_mean_needs_groups_on_both_sides(where):
+    without = Packed.from_padded(torch.ones(1, 6).bool())
+    packed, counted = (without, PACKED) if where == "packed" else (PACKED, without)
+    with pytest.raises(DenominatorError, match="needs group_ids_S"):
+        aggregate(torch.tensor(LOSS), packed, count(counted), mode="group_mean")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "settings"),
+    [
+        (SettingError, "mode is 'mean'; expected one of", {"mode": "mean"}),
+        (SettingError, "constant=None; expected constant > 0", {"mode": "constant"}),
+        (SettingError, "constant=0; expected", {"mode": "constant", "constant": 0}),
+        (SettingError, "constant=3.0; expected", {"constant": 3.0}),
+        (SettingError, "averaged_over is 0; expected", {"averaged_over": 0}),
+        (SettingError, "no effect without keep_T", {"count_rejected": False}),
+        (ShapeError, r"keep_T has shape \(2,\); expected", {"keep_T": KEEP[:2]}),
+        (ShapeError, r"weights_T has shape \(2,\); expected", {"weights_T": torch.ones(2)}),
+    ],
+)
+def test_bad_input(error, match, settings):
+    with pytest.raises(error, match=match):
+        aggregate(torch.tensor(LOSS), PACKED, count(PACKED), **settings)
+
+
+def test_bad_shape_of_the_loss():
+    with pytest.raises(ShapeError, match=r"loss_T has shape \(1,\); expected \(6,\)"):
+        aggregate(torch.zeros(1), PACKED, count(PACKED))
