@@ -54,11 +54,11 @@ class Config:
 
     num_steps: int = 200
     """Rollout-and-train steps."""
-    num_prompts: int = 64
+    num_prompts: int = 128
     """Prompts per step."""
     num_samples_per_prompt: int = 8
     """Answers per prompt: the group whose rewards are compared."""
-    num_updates: int = 4
+    num_updates: int = 8
     """Optimizer steps made of one rollout; each takes its share of the samples."""
     micro_batch_size: int = 128
     """Samples per forward pass."""
@@ -67,7 +67,7 @@ class Config:
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained on."""
 
-    warmup_steps: int = 150
+    warmup_steps: int = 120
     """Supervised steps before RL, to have some right answers to reinforce."""
     warmup_learning_rate: float = 3e-3
     """AdamW, for the warm-up."""
@@ -86,7 +86,7 @@ class Config:
     """Largest importance weight."""
     engine_process: bool = True
     """Run the engine in its own process, synced through shared memory."""
-    max_batch: int = 128
+    max_batch: int = 256
     """Requests that the engine generates at once."""
 
     eval_every: int = 50
@@ -126,7 +126,7 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
     torch.set_num_threads(config.num_threads)
     checkpoints = config.out / "checkpoints"
     model.to(config.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     step = 0
     if config.resume:
         step = load_checkpoint(checkpoints, model, optimizer)
@@ -197,7 +197,7 @@ def train_step(run: Run, step: int) -> int:
     # Updates. What a loss is divided by is counted over all micro-batches of its update.
     run.log.phase("training", len(micros))
     for group in run.optimizer.param_groups:
-        group["lr"] = config.learning_rate * (1 - 0.9 * step / config.num_steps)
+        group["lr"] = config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.9 * step / config.num_steps)
     metrics, losses, norms = [], [], []
     for update in torch.arange(len(micros)).chunk(config.num_updates):
         denominators = count([micros[k].packed for k in update])
@@ -284,7 +284,7 @@ def evaluate(run: Run, version: int) -> float:
 def warm_up(run: Run) -> None:
     """Plain supervised learning on right answers, cut short while the model is still mostly wrong."""
     config = run.config
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.warmup_learning_rate)
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.warmup_learning_rate, betas=(0.9, 0.95))
     run.log.phase("warm-up", config.warmup_steps)
     for step in range(config.warmup_steps):
         samples = []
@@ -300,6 +300,7 @@ def warm_up(run: Run) -> None:
         loss_T = -token_logprobs(logits.flatten(0, 1), batch.targets_T)
         optimizer.zero_grad()
         aggregate(loss_T, batch.packed, count(batch.packed)).backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
         optimizer.step()
         run.log.advance()
 

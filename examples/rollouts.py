@@ -21,7 +21,7 @@ Request = tuple[list[int], SamplingParams]
 def start_engine(model_dir: str, address: str | None, device: str, max_batch: int) -> HFEngine:
     """A bf16 engine; with an address, weights can be pushed to it there."""
     if address is not None:  # a process of our own; one thread leaves the other core to the trainer
-        torch.set_num_threads(1 if device == "cpu" else 4)
+        torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).to(device)
     engine = HFEngine(model, max_batch=max_batch)
     if address is not None:

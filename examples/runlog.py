@@ -43,8 +43,11 @@ class RunLog:
         _truncate(folder / "samples.jsonl", start)
         self._samples = Text()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeRemainingColumn(), console=self._console,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
         )
         self._steps = self._bar.add_task("step", total=num_steps, completed=start)
         self._phase = self._bar.add_task("", total=None)
@@ -74,7 +77,9 @@ class RunLog:
     def step(self, row: dict[str, Any], samples: list[tuple[str, str, float]]) -> None:
         """Record one training step; `samples` are (prompt, answer, reward)."""
         self._rows.append(row)
-        shown = [{"step": row["step"], "prompt": p, "answer": a, "reward": r} for p, a, r in samples]
+        shown = [
+            {"step": row["step"], "prompt": p, "answer": a, "reward": r} for p, a, r in samples
+        ]
         _append(self._folder / "metrics.jsonl", [row])
         _append(self._folder / "samples.jsonl", shown)
         self._samples = Text("\n".join(f"  {p}{a}   reward {r:.2f}" for p, a, r in samples))

@@ -105,7 +105,7 @@ class Packed:
         *,
         seq_group: ProcessGroup | None = None,
     ) -> Self:
-        """Sequences end to end; `cu_seqlens_S1` is `[0, n0, n0 + n1, ...]` as in flash-attention."""
+        """Sequences end to end; `cu_seqlens_S1` is `[0, n0, n0 + n1, ...]`."""
         if cu_seqlens_S1.ndim != 1 or cu_seqlens_S1.shape[0] < 1:
             raise ShapeError(
                 f"cu_seqlens_S1 has shape {tuple(cu_seqlens_S1.shape)}; expected [S + 1], "
@@ -136,7 +136,9 @@ class Packed:
             raise EmptyBatchError("Packed.cat got no micro-batch; expected at least one")
         starts = torch.tensor([0, *(part.num_seqs for part in parts)]).cumsum(0).tolist()
         return Packed(
-            seq_ids_T=torch.cat([p.seq_ids_T + start for p, start in zip(parts, starts, strict=False)]),
+            seq_ids_T=torch.cat(
+                [p.seq_ids_T + start for p, start in zip(parts, starts, strict=False)]
+            ),
             mask_T=torch.cat([p.mask_T for p in parts]),
             num_seqs=starts[-1],
             group_ids_S=_cat_if_all([p.group_ids_S for p in parts], "group_ids_S"),
@@ -230,7 +232,8 @@ def count(
         EmptyBatchError: no micro-batch here, or no trainable token on any rank.
 
     Example:
-        >>> a = Packed.from_padded(torch.tensor([[True, True], [True, False]]), torch.tensor([0, 1]))
+        >>> mask_BL = torch.tensor([[True, True], [True, False]])
+        >>> a = Packed.from_padded(mask_BL, torch.tensor([0, 1]))
         >>> b = Packed.from_padded(torch.tensor([[False, False]]), torch.tensor([1]))
         >>> d = count([a, b])
         >>> d.num_tokens.item(), d.num_seqs.item(), d.num_groups.item(), d.group_tokens_G.tolist()
@@ -245,13 +248,13 @@ def count(
     keeps = _as_list(keep_T, len(parts))
     with_groups = parts[0].group_ids_S is not None
     if any((part.group_ids_S is not None) != with_groups for part in parts):
-        raise SettingError("some micro-batches have group_ids_S and some do not; expected all or none")
+        raise SettingError(
+            "some micro-batches have group_ids_S and some do not; expected all or none"
+        )
 
     tokens_per_part = [tokens_per_sequence(p, k) for p, k in zip(parts, keeps, strict=True)]
     totals = torch.stack(
-        [
-            torch.stack([tokens_S.sum(), (tokens_S > 0).sum()]) for tokens_S in tokens_per_part
-        ]
+        [torch.stack([tokens_S.sum(), (tokens_S > 0).sum()]) for tokens_S in tokens_per_part]
     ).sum(0)
     if group is not None:
         dist.all_reduce(totals, group=group)
@@ -364,7 +367,9 @@ def _check_1d(name: str, tensor: Tensor, dtype: torch.dtype, length: int | None)
         expected = "1-D" if length is None else f"[{length}]"
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
     if tensor.dtype != dtype:
-        raise DtypeError(f"{name} is {tensor.dtype}; expected {dtype}; convert it with .to({dtype})")
+        raise DtypeError(
+            f"{name} is {tensor.dtype}; expected {dtype}; convert it with .to({dtype})"
+        )
 
 
 def _check_range(name: str, ids: Tensor, limit: int | None) -> None:

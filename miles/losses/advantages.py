@@ -61,7 +61,7 @@ def group_advantages(
         [0.5, -0.5, 0.0, 0.0]
     """
     _check(rewards_S, group_ids_S, baseline, scale, singleton)
-    groups, index_S = group_ids_S.unique(return_inverse=True)
+    groups, index_S = torch.unique(group_ids_S, return_inverse=True)
     scored_S = ~rewards_S.isnan()
     reward_S = torch.where(scored_S, rewards_S, 0).to(torch.float64)
 
@@ -114,7 +114,9 @@ def _std(values: Tensor, ddof: int) -> Tensor:
     return (squares / max(values.numel() - ddof, 1)).sqrt()
 
 
-def _check(rewards_S: Tensor, group_ids_S: Tensor, baseline: str, scale: str, singleton: str) -> None:
+def _check(
+    rewards_S: Tensor, group_ids_S: Tensor, baseline: str, scale: str, singleton: str
+) -> None:
     choices = {
         "baseline": (baseline, ("mean", "leave_one_out", "none")),
         "scale": (scale, ("group_std", "batch_std", "none")),

@@ -148,7 +148,14 @@ def _check(
     constant: float | None,
     averaged_over: int,
 ) -> None:
-    modes = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "group_mean", "sum")
+    modes = (
+        "token_mean",
+        "seq_mean_token_mean",
+        "seq_mean_token_sum",
+        "constant",
+        "group_mean",
+        "sum",
+    )
     if mode not in modes:
         raise SettingError(f"mode is {mode!r}; expected one of {modes}")
     if (constant is not None) != (mode == "constant") or (constant is not None and constant <= 0):
@@ -157,7 +164,9 @@ def _check(
             "and none otherwise"
         )
     if averaged_over < 1:
-        raise SettingError(f"averaged_over is {averaged_over}; expected a number of ranks, 1 or more")
+        raise SettingError(
+            f"averaged_over is {averaged_over}; expected a number of ranks, 1 or more"
+        )
     if not count_rejected and keep_T is None:
         raise SettingError("count_rejected=False has no effect without keep_T; give it")
     if count_rejected == denominators.counted_keep:

@@ -33,7 +33,7 @@ class Weight:
     level: Literal["token", "sequence_sum", "sequence_mean"]
     """Whose ratio: the token's, the sequence's product, or its geometric mean."""
     mode: Literal["truncate", "clip", "mask"]
-    """`min(rho, high)`; `clamp(rho, low, high)`; or rho inside `[low, high]` and rejected outside."""
+    """`min(rho, high)`; `clamp(rho, low, high)`; or rho inside the bounds, rejected outside."""
     low: float | None = None
     """Lower bound of rho; not for `truncate`."""
     high: float | None = None
@@ -48,11 +48,13 @@ class Weight:
             raise SettingError(f"mode is {self.mode!r}; expected truncate, clip or mask")
         if self.high is None or (self.low is None) != (self.mode == "truncate"):
             raise SettingError(
-                f'mode={self.mode!r} got low={self.low} and high={self.high}; expected high alone '
+                f"mode={self.mode!r} got low={self.low} and high={self.high}; expected high alone "
                 'for "truncate", both for "clip" and "mask"'
             )
         if not 0 <= (self.low or 0.0) <= self.high:
-            raise SettingError(f"got low={self.low} and high={self.high}; expected 0 <= low <= high")
+            raise SettingError(
+                f"got low={self.low} and high={self.high}; expected 0 <= low <= high"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +92,15 @@ class Correction:
     """Readings of the step, for `reduce_metrics`."""
 
     def split(self, lengths: Sequence[int]) -> list[Correction]:
-        """One correction a micro-batch, of `lengths` positions each (the metrics go first)."""
+        """One correction a micro-batch, of `lengths` positions each; the metrics stay here."""
         if sum(lengths) != self.weights_T.shape[0]:
             raise ShapeError(
                 f"lengths sum to {sum(lengths)}; expected {self.weights_T.shape[0]}, the number of "
                 "positions that this correction covers"
             )
-        pairs = zip(self.weights_T.split(list(lengths)), self.keep_T.split(list(lengths)), strict=True)
-        return [
-            Correction(weights_T, keep_T, self.metrics if index == 0 else {})
-            for index, (weights_T, keep_T) in enumerate(pairs)
-        ]
+        weights = torch.split(self.weights_T, list(lengths))
+        keeps = torch.split(self.keep_T, list(lengths))
+        return [Correction(w_T, k_T, {}) for w_T, k_T in zip(weights, keeps, strict=True)]
 
 
 @torch.no_grad()
@@ -182,11 +182,12 @@ def _refuse_nan(x_T: Tensor, old_logprobs_T: Tensor, packed: Packed) -> None:
     if not bool(bad_T.any()):
         return
     token = int(bad_T.nonzero()[0])
-    source = "old_logprobs_T" if bool(old_logprobs_T[token].isnan()) else "rollout_logprobs_T"
+    name = "old_logprobs_T" if bool(old_logprobs_T[token].isnan()) else "rollout_logprobs_T"
     raise MissingLogprobError(
-        f"{int(bad_T.sum())} trainable tokens have NaN for a log-prob, the first at position "
-        f"{token} (sequence {int(packed.seq_ids_T[token])}) in {source}; expected a log-prob for "
-        "every token that mask_T trains on; mask the token, or have the engine return log-probs"
+        f"{int(bad_T.sum())} trainable tokens have no usable log-prob (NaN, or the same infinity "
+        f"on both sides), the first at position {token} (sequence "
+        f"{int(packed.seq_ids_T[token])}), in {name}; expected a number for every token that mask_T trains on; mask the token, or have "
+        "the engine return log-probs"
     )
 
 
@@ -248,9 +249,7 @@ def _mean_weight(
     return torch.where(mean > 0, mean, 1.0).to(weights_T.dtype)
 
 
-def _metrics(
-    weights_T: Tensor, keep_T: Tensor, mask_T: Tensor, capped_T: Tensor | None
-) -> Metrics:
+def _metrics(weights_T: Tensor, keep_T: Tensor, mask_T: Tensor, capped_T: Tensor | None) -> Metrics:
     if capped_T is None:
         capped_T = torch.zeros_like(keep_T)
     return {

@@ -57,11 +57,11 @@ def token_logprobs(logits_TV: Tensor, targets_T: Tensor, *, temperature: float =
             raise SettingError(
                 f"targets_T holds {bad}; expected 0..{logits_TV.shape[1] - 1}, or -100 to ignore"
             )
-    return _TokenLogprobs.apply(logits_TV, targets_T, temperature)  # type: ignore[no-any-return,no-untyped-call]
+    return _TokenLogprobs.apply(logits_TV, targets_T, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Keeps the logits as they came and one number a row; the softmax is rebuilt on the way back."""
+    """Keeps the logits as they came and one number a row; backward rebuilds the softmax."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, temperature: float) -> Tensor:
@@ -74,7 +74,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return torch.where(targets_T == IGNORED, 0, logprobs_T)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
         logits_TV, targets_T, lse_T = ctx.saved_tensors
         grad_TV = -torch.exp(_widen(logits_TV) / ctx.temperature - lse_T[:, None])

@@ -94,7 +94,7 @@ def reduce_metrics(
     dicts = [parts] if isinstance(parts, Mapping) else list(parts)
     if not dicts:
         raise EmptyBatchError("reduce_metrics got no metrics; expected one dict a micro-batch")
-    keys = list(dicts[0])
+    keys = sorted(dicts[0])
     for other in dicts[1:]:
         if set(other) != set(keys):
             raise SettingError(

@@ -61,8 +61,8 @@ def grpo(
     """
     if (ref_logprobs_T is None) != (kl_coef == 0.0):
         raise SettingError(
-            f"got kl_coef={kl_coef} and ref_logprobs_T {'absent' if ref_logprobs_T is None else 'present'}"
-            "; expected both or neither"
+            f"got kl_coef={kl_coef} and {'no' if ref_logprobs_T is None else 'a'} ref_logprobs_T; "
+            "expected both or neither"
         )
     packed.check(advantages_T=advantages_T)
     ratio_T = log_ratio(logprobs_T, old_logprobs_T, packed)

@@ -47,7 +47,8 @@ def kl_penalty(
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True, True]]))
         >>> logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-        >>> kl = kl_penalty(logprobs, torch.tensor([-1.5, -2.0]), packed, value="k1", grad="reverse_kl")
+        >>> ref = torch.tensor([-1.5, -2.0])
+        >>> kl = kl_penalty(logprobs, ref, packed, value="k1", grad="reverse_kl")
         >>> kl.sum().backward()
         >>> kl.tolist(), logprobs.grad.tolist()
         ([0.5, 0.0], [0.5, 0.0])

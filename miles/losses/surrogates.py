@@ -5,7 +5,7 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,10 +65,9 @@ def ppo_clip(
     if dual_clip is not None and dual_clip <= 1:
         raise SettingError(f"dual_clip is {dual_clip}; expected a number above 1, such as 3.0")
     advantages_T = advantages_T.detach()
-    ratio_T = log_ratio_T.exp()
-    loss_T = torch.maximum(
-        -ratio_T * advantages_T, -ratio_T.clamp(ratio_min, ratio_max) * advantages_T
-    )
+    ratio_T = _Exp.apply(log_ratio_T)  # type: ignore[no-untyped-call]
+    unclipped_T = torch.where(advantages_T == 0, 0, -ratio_T * advantages_T)
+    loss_T = torch.maximum(unclipped_T, -ratio_T.clamp(ratio_min, ratio_max) * advantages_T)
     negative_T = advantages_T < 0
     if dual_clip is not None:
         loss_T = torch.where(negative_T, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
@@ -77,3 +76,21 @@ def ppo_clip(
         negative_T & (ratio_T < ratio_min),
         (advantages_T > 0) & (ratio_T > ratio_max),
     )
+
+
+class _Exp(torch.autograd.Function):
+    """exp whose gradient is 0 where none arrives, even at a ratio of infinity.
+
+    A clipped or rejected token sends back 0, and 0 x inf would make it NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        out = values.exp()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return torch.where(grads[0] == 0, 0, grads[0] * out)

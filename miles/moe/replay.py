@@ -59,7 +59,6 @@ class _Slot:
     topk: int
     recorded: list[Tensor] = field(default_factory=list)
     plan_NK: Tensor | None = None
-    calls: int = 0
 
 
 class RoutingReplay:
@@ -85,15 +84,15 @@ class RoutingReplay:
         ]
         if not self._slots:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no router among {sorted(families)}; a dense model needs "
-                "no replay; for another mixture-of-experts family append a RouterFamily to "
+                f"{type(model).__name__} has no router among {sorted(families)}; a dense model "
+                "needs no replay; for another mixture-of-experts family append a RouterFamily to "
                 "miles.moe.ROUTER_FAMILIES"
             )
         sizes = {(slot.num_experts, slot.topk) for slot in self._slots}
         if len(sizes) > 1:
             raise UnsupportedModelError(
-                f"the routers have different (experts, topk) {sorted(sizes)}; expected one pair for "
-                "all layers"
+                f"the routers have different (experts, topk) {sorted(sizes)}; expected one pair "
+                "for all layers"
             )
 
     @property
@@ -103,12 +102,12 @@ class RoutingReplay:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Experts of each layer: E."""
         return self._slots[0].num_experts
 
     @property
     def topk(self) -> int:
-        """K."""
+        """Experts that a token goes to: K."""
         return self._slots[0].topk
 
     def unrecorded(self, num_tokens: int) -> RoutingTape:
@@ -129,7 +128,10 @@ class RoutingReplay:
         with self._intercepting(_record):
             yield tape
         layers = [torch.cat(slot.recorded) if slot.recorded else None for slot in self._slots]
-        rows = {slot.name: 0 if ids is None else len(ids) for slot, ids in zip(self._slots, layers, strict=True)}
+        rows = {
+            slot.name: 0 if ids is None else len(ids)
+            for slot, ids in zip(self._slots, layers, strict=True)
+        }
         if len(set(rows.values())) > 1:
             raise RoutingError(f"layers recorded different numbers of tokens: {rows}")
         present = [ids for ids in layers if ids is not None]
@@ -155,7 +157,7 @@ class RoutingReplay:
 
         Raises:
             RoutingError: the tape does not fit the model or the batch, a required row is missing,
-                or a router did not call `topk`, so that nothing was replayed.
+                or a router ran no `topk`.
         """
         if invalid not in ("raise", "natural"):
             raise SettingError(f"invalid is {invalid!r}; expected 'raise' or 'natural'")
@@ -163,7 +165,7 @@ class RoutingReplay:
         device = next(self._model.parameters()).device
         ids = tape.expert_ids.to(device=device, dtype=torch.int64)
         for layer, slot in enumerate(self._slots):
-            slot.plan_NK, slot.calls = ids[:, layer], 0
+            slot.plan_NK = ids[:, layer]
         holes = not bool(tape.recorded_N.all())
         try:
             with self._intercepting(_replay_with_holes if holes else _replay):
@@ -171,17 +173,14 @@ class RoutingReplay:
         finally:
             for slot in self._slots:
                 slot.plan_NK = None
-        idle = [slot.name for slot in self._slots if slot.calls == 0]
-        if idle and len(idle) < len(self._slots):
-            raise RoutingError(f"nothing was replayed in {idle}: these routers did not run a topk")
 
     def _check_tape(self, tape: RoutingTape, invalid: str, required_N: Tensor | None) -> None:
         got = (tape.num_layers, tape.topk, tape.num_experts)
         expected = (len(self._slots), self.topk, self.num_experts)
         if got != expected:
             raise RoutingError(
-                f"the tape has (layers, topk, experts) {got} and the model {expected}; expected the "
-                "same; was it recorded with this model?"
+                f"the tape has (layers, topk, experts) {got} and the model {expected}; expected "
+                "the same; was it recorded with this model?"
             )
         if required_N is not None and required_N.shape != (len(tape),):
             raise RoutingError(
@@ -229,7 +228,6 @@ def _replay_with_holes(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) 
 
 def _plan(slot: _Slot, scores_NE: Tensor) -> Tensor:
     assert slot.plan_NK is not None
-    slot.calls += 1
     if slot.plan_NK.shape[0] != scores_NE.shape[0]:
         raise RoutingError(
             f"{slot.name} processes {scores_NE.shape[0]} tokens and the tape has "
@@ -242,16 +240,26 @@ class _TopKInterceptor(TorchFunctionMode):
     def __init__(self, slot: _Slot, handle: _Handler) -> None:
         super().__init__()
         self._slot, self._handle = slot, handle
+        self.handled = False
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.topk, torch.Tensor.topk):
             scores = args[0] if args else kwargs["input"]
             k = args[1] if len(args) > 1 else kwargs["k"]
             # Group-limited routers run other topk calls too; theirs have other sizes.
-            if scores.ndim == 2 and scores.shape[-1] == self._slot.num_experts and k == self._slot.topk:
+            if (
+                scores.ndim == 2
+                and scores.shape[-1] == self._slot.num_experts
+                and k == self._slot.topk
+            ):
+                self.handled = True
                 return self._handle(self._slot, scores, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
@@ -262,8 +270,15 @@ def _wrapped_forward(slot: _Slot, handle: _Handler) -> Iterator[None]:
     shadowed = slot.module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _TopKInterceptor(slot, handle):
-            return original(*args, **kwargs)
+        with _TopKInterceptor(slot, handle) as interceptor:
+            out = original(*args, **kwargs)
+        if not interceptor.handled:
+            raise RoutingError(
+                f"{slot.name} ran no topk over its {slot.num_experts} experts, so its routing can "
+                "be neither recorded nor replayed; to record during a replay, enter record() "
+                "before replay()"
+            )
+        return out
 
     slot.module.forward = forward
     try:
@@ -278,7 +293,9 @@ def _wrapped_forward(slot: _Slot, handle: _Handler) -> Iterator[None]:
 def _refuse_checkpointing(model: nn.Module) -> None:
     if not model.training:
         return
-    on = [n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False) is True]
+    on = [
+        n for n, m in model.named_modules() if getattr(m, "gradient_checkpointing", False) is True
+    ]
     if on:
         raise UnsupportedModelError(
             f"gradient checkpointing is on ({len(on)} modules), and its second forward pass would "

@@ -48,7 +48,9 @@ class RoutingTape:
             raise RoutingError(f"num_experts is {num_experts}; expected 1 to 32768")
         expert_ids = expert_ids.detach().to("cpu")
         absent = expert_ids == NOT_RECORDED
-        holes_N = absent.flatten(1).all(1) if expert_ids[0:1].numel() else absent.new_zeros(len(absent))
+        holes_N = (
+            absent.flatten(1).all(1) if expert_ids[0:1].numel() else absent.new_zeros(len(absent))
+        )
         valid = ((expert_ids >= 0) & (expert_ids < num_experts)) | holes_N[:, None, None]
         if not bool(valid.all()):
             token, layer = (~valid).nonzero()[0, :2].tolist()
@@ -66,6 +68,13 @@ class RoutingTape:
         """A tape of rows that say "not recorded", to stand for padding."""
         ids = torch.full((num_tokens, num_layers, topk), NOT_RECORDED, dtype=torch.int16)
         return cls(ids, num_experts=num_experts)
+
+    @classmethod
+    def _of(cls, ids: Tensor, holes_N: Tensor | None, num_experts: int) -> Self:
+        """A tape of storage that is known to be right."""
+        tape = object.__new__(cls)
+        tape.num_experts, tape._ids, tape._holes_N = num_experts, ids, holes_N
+        return tape
 
     @property
     def expert_ids(self) -> Tensor:
@@ -102,11 +111,13 @@ class RoutingTape:
         return self._ids.shape[0]
 
     def __getitem__(self, tokens: slice) -> RoutingTape:
-        part = object.__new__(RoutingTape)
-        part.num_experts = self.num_experts
-        part._ids = self._ids[tokens]
-        part._holes_N = None if self._holes_N is None else self._holes_N[tokens]
-        return part
+        holes_N = None if self._holes_N is None else self._holes_N[tokens]
+        return self._of(self._ids[tokens], holes_N, self.num_experts)
+
+    def rows(self, index: Tensor) -> RoutingTape:
+        """The tokens of an int64 index, in its order."""
+        holes_N = None if self._holes_N is None else self._holes_N[index]
+        return self._of(self._ids[index], holes_N, self.num_experts)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -135,9 +146,12 @@ class RoutingTape:
             expected = (first.num_layers, first.topk, first.num_experts)
             if got != expected:
                 raise RoutingError(
-                    f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as tape 0"
+                    f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as in 0"
                 )
-        return cls(torch.cat([tape.expert_ids for tape in tapes]), num_experts=first.num_experts)
+        holes_N = None
+        if any(tape._holes_N is not None for tape in tapes):
+            holes_N = torch.cat([~tape.recorded_N for tape in tapes])
+        return cls._of(torch.cat([tape._ids for tape in tapes]), holes_N, first.num_experts)
 
 
 def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:

@@ -1,7 +1,7 @@
 """Key/value memory of the embedded engine: which rows of which forward pass belong to whom.
 
 Shapes: U distinct prompts, L padded prompt length, R rows of a decoding step, V vocabulary
-entries, M mixture-of-experts layers, K experts a token.
+entries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from miles.moe.replay import RoutingReplay
+from miles.moe.tape import RoutingTape
 
 __all__ = ["KVMemory", "RequestMemory", "SlotMemory", "supports_slots"]
 
@@ -28,17 +29,17 @@ class KVMemory(Protocol):
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    ) -> tuple[Tensor, list[RoutingTape] | None]:
         """Process `prompts[u]` for all of `slots[u]`.
 
-        Returns logits `[U, V]` of the last token, and expert ids `[len, M, K]` of each prompt.
+        Returns logits `[U, V]` of the last token, and the routing of each prompt.
         """
         ...
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Process one token a slot; returns logits `[len(slots), V]` and ids `[len(slots), M, K]`."""
+    ) -> tuple[Tensor, RoutingTape | None]:
+        """Process one token a slot; returns logits `[R, V]` and R rows of routing."""
         ...
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -92,7 +93,7 @@ class SlotMemory:
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    ) -> tuple[Tensor, list[RoutingTape] | None]:
         device = _device(self._model)
         width = _round_up(max(len(prompt) for prompt in prompts), LENGTH_TILE)
         ids_UL = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -100,21 +101,27 @@ class SlotMemory:
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
         lengths = [len(prompt) for prompt in prompts]
         owners = [(row, slot) for row, group in enumerate(slots) for slot in group]
-        rows, targets = (torch.tensor(column, device=device) for column in zip(*owners, strict=True))
+        rows, targets = (
+            torch.tensor(column, device=device) for column in zip(*owners, strict=True)
+        )
         for layer in self._layers:
             layer.write_rows(rows, targets)
         # Causal attention never looks right, so padding there needs no mask.
         last_U = torch.tensor(lengths, device=device) - 1
         with _only_positions(self._model, last_U), _recording(self._recorder) as tape:
-            logits_UV = self._forward(ids_UL.to(device), torch.arange(width, device=device)[None], None)
+            logits_UV = self._forward(
+                ids_UL.to(device), torch.arange(width, device=device)[None], None
+            )
         if self._recorder is None:
             return logits_UV, None
-        expert_ids = tape.expert_ids.unflatten(0, (len(prompts), width))
-        return logits_UV, [expert_ids[row, :n] for row, n in enumerate(lengths)]
+        starts = range(0, len(prompts) * width, width)
+        return logits_UV, [
+            tape[start : start + n] for start, n in zip(starts, lengths, strict=True)
+        ]
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, RoutingTape | None]:
         device = _device(self._model)
         num_rows = min(_round_up(max(slots) + 1, self._row_tile), self._num_slots)
         ids_R1 = torch.zeros((num_rows, 1), dtype=torch.int64)
@@ -130,8 +137,8 @@ class SlotMemory:
         with _recording(self._recorder) as tape:
             logits_RV = self._forward(ids_R1, positions_R1, self._mask(visible[:, None, None]))
         index = torch.tensor(slots)
-        expert_ids = None if self._recorder is None else tape.expert_ids[index]
-        return logits_RV[index.to(device)], expert_ids
+        routing = None if self._recorder is None else tape.rows(index)
+        return logits_RV[index.to(device)], routing
 
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self._layers:
@@ -148,7 +155,8 @@ class SlotMemory:
             past_key_values=self._cache,
             use_cache=True,
         )
-        return out.logits[:, -1]
+        logits_RV: Tensor = out.logits[:, -1]
+        return logits_RV
 
     def _mask(self, visible: Tensor) -> Tensor:
         if not self._eager:
@@ -168,6 +176,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._prefill: tuple[Tensor, Tensor] | None = None
         self._positions_R: Tensor | None = None
         self._num_keys = 0
+        self._rectangles: tuple[Tensor, Tensor] | None = None
 
     def write_rows(self, rows: Tensor, slots: Tensor) -> None:
         """Next: row `rows[i]` of the batch goes to slot `slots[i]`, from position 0."""
@@ -184,39 +193,38 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._prefill is not None:
             rows, slots = self._prefill
             width = min(key_states.shape[2], self.max_context)
-            self._reserve(key_states, value_states, width)
-            self.keys[slots, :, :width] = key_states[rows, :, :width]
-            self.values[slots, :, :width] = value_states[rows, :, :width]
+            keys, values = self._reserve(key_states, value_states, width)
+            keys[slots, :, :width] = key_states[rows, :, :width]
+            values[slots, :, :width] = value_states[rows, :, :width]
             return key_states, value_states
         assert self._positions_R is not None
         num_rows = key_states.shape[0]
-        self._reserve(key_states, value_states, self._num_keys)
+        keys, values = self._reserve(key_states, value_states, self._num_keys)
         rows_R = torch.arange(num_rows, device=key_states.device)
-        self.keys[rows_R, :, self._positions_R] = key_states[:, :, 0]
-        self.values[rows_R, :, self._positions_R] = value_states[:, :, 0]
-        return (
-            self.keys[:num_rows, :, : self._num_keys],
-            self.values[:num_rows, :, : self._num_keys],
-        )
+        keys[rows_R, :, self._positions_R] = key_states[:, :, 0]
+        values[rows_R, :, self._positions_R] = value_states[:, :, 0]
+        return keys[:num_rows, :, : self._num_keys], values[:num_rows, :, : self._num_keys]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot."""
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
+        assert self._rectangles is not None
+        for rectangle in self._rectangles:
+            rectangle[target, :, :length] = rectangle[source, :, :length]
 
-    def _reserve(self, keys: Tensor, values: Tensor, length: int) -> None:
-        """Grow by doubling, up to the context; zeros, since 0 x garbage may be NaN."""
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if held >= length:
-            return
-        size = min(max(_round_up(length, KEY_TILE), 2 * held), self.max_context)
-        grown = [
-            new.new_zeros((self.num_slots, new.shape[1], size, new.shape[3])) for new in (keys, values)
-        ]
-        if self.keys is not None and self.values is not None:
-            grown[0][:, :, :held] = self.keys
-            grown[1][:, :, :held] = self.values
-        self.keys, self.values = grown
+    def _reserve(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The rectangles, grown by doubling; zeros, since 0 x garbage may be NaN."""
+        held = self._rectangles
+        size = 0 if held is None else held[0].shape[2]
+        if held is not None and size >= length:
+            return held
+        wider = min(max(_round_up(length, KEY_TILE), 2 * size), self.max_context)
+        shape = (self.num_slots, keys.shape[1], wider)
+        grown = keys.new_zeros((*shape, keys.shape[3])), values.new_zeros((*shape, values.shape[3]))
+        if held is not None:
+            for new, old in zip(grown, held, strict=True):
+                new[:, :, :size] = old
+        self._rectangles = grown
+        return grown
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the base class; storage is made in `update`."""
@@ -247,27 +255,27 @@ class RequestMemory:
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    ) -> tuple[Tensor, list[RoutingTape] | None]:
         logits: list[Tensor] = []
-        expert_ids: list[Tensor] = []
+        routing: list[RoutingTape] = []
         for prompt, owners in zip(prompts, slots, strict=True):
-            cache, last_V, ids = self._forward(list(prompt), 0, None)
+            cache, last_V, tape = self._forward(list(prompt), 0, None)
             logits.append(last_V)
-            expert_ids += [] if ids is None else [ids]
+            routing += [] if tape is None else [tape]
             for owner in owners:
                 self._caches[owner] = cache if owner == owners[-1] else copy.deepcopy(cache)
-        return torch.stack(logits), expert_ids or None
+        return torch.stack(logits), routing or None
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, RoutingTape | None]:
         logits: list[Tensor] = []
-        expert_ids: list[Tensor] = []
+        routing: list[RoutingTape] = []
         for slot, token, position in zip(slots, tokens, positions, strict=True):
-            self._caches[slot], last_V, ids = self._forward([token], position, self._caches[slot])
+            self._caches[slot], last_V, tape = self._forward([token], position, self._caches[slot])
             logits.append(last_V)
-            expert_ids += [] if ids is None else [ids]
-        return torch.stack(logits), torch.cat(expert_ids) if expert_ids else None
+            routing += [] if tape is None else [tape]
+        return torch.stack(logits), RoutingTape.cat(routing) if routing else None
 
     def move(self, source: int, target: int, length: int) -> None:
         self._caches[target] = self._caches.pop(source)
@@ -275,7 +283,9 @@ class RequestMemory:
     def free(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
-    def _forward(self, tokens: list[int], start: int, cache: Any) -> tuple[Any, Tensor, Tensor | None]:
+    def _forward(
+        self, tokens: list[int], start: int, cache: Any
+    ) -> tuple[Any, Tensor, RoutingTape | None]:
         device = _device(self._model)
         positions = torch.arange(start, start + len(tokens), device=device)[None]
         with _recording(self._recorder) as tape:
@@ -286,8 +296,7 @@ class RequestMemory:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        ids = None if self._recorder is None else tape.expert_ids
-        return out.past_key_values, out.logits[0, -1], ids
+        return out.past_key_values, out.logits[0, -1], tape
 
 
 @contextlib.contextmanager
@@ -306,7 +315,10 @@ def _only_positions(model: nn.Module, last_U: Tensor) -> Iterator[None]:
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]
-        return (hidden[torch.arange(hidden.shape[0], device=hidden.device), last_U][:, None], *inputs[1:])
+        return (
+            hidden[torch.arange(hidden.shape[0], device=hidden.device), last_U][:, None],
+            *inputs[1:],
+        )
 
     handle = head.register_forward_pre_hook(select)
     try:

@@ -85,7 +85,9 @@ def collate(
     if not samples:
         raise EmptyBatchError("collate got no sample; expected at least one")
     if group_ids is not None and len(group_ids) != len(samples):
-        raise ShapeError(f"got {len(group_ids)} group_ids for {len(samples)} samples; expected one each")
+        raise ShapeError(
+            f"got {len(group_ids)} group_ids for {len(samples)} samples; expected one each"
+        )
     if pad_to_multiple_of < 1:
         raise SettingError(f"pad_to_multiple_of is {pad_to_multiple_of}; expected 1 or more")
     for sample in samples:
@@ -102,7 +104,7 @@ def collate(
     for row, sample in enumerate(samples):
         n = len(sample.tokens)
         tokens = torch.tensor(sample.tokens)
-        trainable = torch.tensor(sample.loss_mask[1:])
+        trainable = torch.tensor(sample.loss_mask[1:], dtype=torch.bool)
         input_ids_BL[row, :n] = tokens
         attention_mask_BL[row, :n] = 1
         targets_BL[row, : n - 1] = torch.where(trainable, tokens[1:], -100)

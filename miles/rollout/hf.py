@@ -58,10 +58,10 @@ class HFEngine:
         eos_token_ids: tokens that end an answer; the model's generation config by default.
         record_routing: "auto" records expert ids if `RoutingReplay` knows the model's routers.
         weight_version: version of the weights that the model holds now.
-        row_tile: decoding steps run a multiple of so many rows. With bf16 on a CPU, and with
-            float32 dense models there, a request's tokens and log-probs then have the same bits
-            whatever else is in the batch; elsewhere its random draws are the same and log-probs
-            differ by the kernels' rounding.
+        row_tile: decoding steps run a multiple of so many rows (or `max_batch`, if that is less).
+            With bf16 on a CPU a request's tokens and log-probs then have the same bits whatever
+            else is in the batch; elsewhere its random draws are the same and log-probs differ by
+            the kernels' rounding.
 
     Example:
         >>> import asyncio
@@ -70,7 +70,8 @@ class HFEngine:
         >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
         ...                      num_hidden_layers=1, num_attention_heads=1, eos_token_id=None)
         >>> engine = HFEngine(LlamaForCausalLM(config), max_batch=4, weight_version=7)
-        >>> sample = asyncio.run(engine.generate([1, 2, 3], SamplingParams(max_new_tokens=5, seed=0)))
+        >>> params = SamplingParams(max_new_tokens=5, seed=0)
+        >>> sample = asyncio.run(engine.generate([1, 2, 3], params))
         >>> len(sample.response_tokens), sample.weight_versions, str(sample.status)
         (5, [7], 'truncated')
         >>> engine.close()
@@ -154,7 +155,8 @@ class HFEngine:
             request_id=f"request-{next(self._ids)}" if request_id is None else request_id,
             sample=sample,
             params=params,
-            stop=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            stop=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self._eos),
             draws=_Draws(params.seed),
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
@@ -205,7 +207,7 @@ class HFEngine:
     def commit_weights(
         self, tensors: Mapping[str, Tensor], *, version: int, alias: bool = False
     ) -> None:
-        """Serve `tensors` as `version` from the next step on; running requests keep their caches."""
+        """Serve `tensors` as `version` from the next step on; requests keep their caches."""
         with self._between_steps(), torch.no_grad():
             for name, live in self.weight_tensors().items():
                 if alias:
@@ -263,10 +265,11 @@ class HFEngine:
             self._compact()
             tokens = [r.sample.tokens[-1] for r in running]
             positions = [len(r.sample.tokens) - 1 for r in running]
-            logits_RV, expert_ids = self._memory.decode([r.slot for r in running], tokens, positions)
-            if expert_ids is not None:
-                for request, ids in zip(running, expert_ids, strict=True):
-                    request.routing.append(ids[None])
+            slots = [r.slot for r in running]
+            logits_RV, routing = self._memory.decode(slots, tokens, positions)
+            if routing is not None:
+                for row, request in enumerate(running):
+                    request.routing.append(routing[row : row + 1])
             finished += self._sample(running, logits_RV)
         return finished
 
@@ -284,13 +287,13 @@ class HFEngine:
         if not prompts:
             return []
         groups = list(prompts.values())
-        logits_UV, expert_ids = self._memory.prefill(
+        logits_UV, routing = self._memory.prefill(
             list(prompts), [[request.slot for request in group] for group in groups]
         )
         for index, group in enumerate(groups):
             for request in group:
-                if expert_ids is not None:
-                    request.routing.append(expert_ids[index][self._held_rows(request.sample) :])
+                if routing is not None:
+                    request.routing.append(routing[index][self._held_rows(request.sample) :])
         rows = [index for index, group in enumerate(groups) for _ in group]
         return self._sample([r for group in groups for r in group], logits_UV[rows])
 
@@ -343,9 +346,8 @@ class HFEngine:
         sample.status = status
         sample.metadata["finish_reason"] = reason
         if self._recorder is not None and request.routing:
-            rows = RoutingTape(torch.cat(request.routing), num_experts=self._recorder.num_experts)
             kept = [] if sample.routing is None else [sample.routing]
-            sample.routing = RoutingTape.cat([*kept, rows])
+            sample.routing = RoutingTape.cat([*kept, *request.routing])
         if request.future.set_running_or_notify_cancel():
             request.future.set_result(sample)
 
@@ -381,7 +383,8 @@ class HFEngine:
         unknown = sorted(t for t in tokens if not 0 <= t < self._vocab_size)
         if unknown:
             raise StopTokenError(
-                f"stop tokens {unknown} are not in the vocabulary; expected 0..{self._vocab_size - 1}"
+                f"stop tokens {unknown} are not in the vocabulary; expected "
+                f"0..{self._vocab_size - 1}"
             )
 
 
@@ -396,7 +399,7 @@ class _Request:
     draws: _Draws
     slot: int = -1
     ending: tuple[Status, str] = (Status.PENDING, "")
-    routing: list[Tensor] = field(default_factory=list)
+    routing: list[RoutingTape] = field(default_factory=list)
     future: Future[Sample] = field(default_factory=Future)
 
     @property
@@ -463,7 +466,11 @@ def _recorder(model: nn.Module, record_routing: bool | str) -> RoutingReplay | N
 
 
 def _memory(
-    model: nn.Module, recorder: RoutingReplay | None, max_batch: int, max_context: int, row_tile: int
+    model: nn.Module,
+    recorder: RoutingReplay | None,
+    max_batch: int,
+    max_context: int,
+    row_tile: int,
 ) -> KVMemory:
     try:
         from miles.rollout import _kv

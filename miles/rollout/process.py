@@ -73,7 +73,10 @@ class EngineProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, self._factory, self._args), name="miles-engine", daemon=True
+            target=_serve,
+            args=(theirs, self._factory, self._args),
+            name="miles-engine",
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -135,12 +138,13 @@ class EngineProcess:
 
     def _call(self, message: Message) -> Future[Message]:
         future: Future[Message] = Future()
+        data = _wire.encode(message)
         try:
             with self._lock:
                 if not self.alive:
                     raise BrokenPipeError
                 self._waiting[message.id] = future
-                self._pipe.send_bytes(_wire.encode(message))
+                self._pipe.send_bytes(data)
         except OSError:
             self._waiting.pop(message.id, None)
             future.set_exception(self._death(self._process, 1))

@@ -203,11 +203,14 @@ class Sample:
         for span in self.spans:
             if not end <= span.start < span.end <= len(self.tokens):
                 raise ShapeError(
-                    f"{span} does not fit {len(self.tokens)} tokens after a span that ends at {end}; "
-                    "expected spans in order, within the tokens, without overlap"
+                    f"{span} does not fit {len(self.tokens)} tokens after a span that ends at "
+                    f"{end}; expected spans in order, within the tokens, without overlap"
                 )
             end = span.end
-        if self.routing is not None and len(self.routing) not in (len(self.tokens) - 1, len(self.tokens)):
+        if self.routing is not None and len(self.routing) not in (
+            len(self.tokens) - 1,
+            len(self.tokens),
+        ):
             raise RoutingError(
                 f"the routing has {len(self.routing)} rows for {len(self.tokens)} tokens; expected "
                 f"{len(self.tokens) - 1} (the last token is not processed) or {len(self.tokens)}"

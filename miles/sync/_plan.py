@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.errors import SyncError
 
@@ -39,23 +40,33 @@ def pair(
     weights).
     """
     left = dict(expected)
-    storages: set[int] = set()
-    extra: dict[str, int] = {}
+    taken: set[_Memory] = set()
+    extra: dict[str, _Memory] = {}
     for name, tensor in weights:
         if name in left:
             shape, _ = left.pop(name)
             if tuple(tensor.shape) != shape:
-                raise SyncError(f"{name} has shape {tuple(tensor.shape)}; the engine expects {shape}")
-            storages.add(tensor.data_ptr())
+                raise SyncError(
+                    f"{name} has shape {tuple(tensor.shape)}; the engine expects {shape}"
+                )
+            taken.add(_memory(tensor))
             yield name, tensor.detach()
         else:
-            extra[name] = tensor.data_ptr()
-    unknown = [name for name, pointer in extra.items() if pointer not in storages]
+            extra[name] = _memory(tensor)
+    unknown = [name for name, memory in extra.items() if memory not in taken]
     if left or unknown:
         raise SyncError(
-            f"missing tensors {sorted(left)[:8]}, unknown tensors {unknown[:8]}; expected the engine's "
-            f"{len(expected)} names, each once"
+            f"missing tensors {sorted(left)[:8]}, unknown tensors {unknown[:8]}; expected the "
+            f"engine's {len(expected)} names, each once"
         )
+
+
+_Memory = tuple[StorageWeakRef, int]
+
+
+def _memory(tensor: Tensor) -> _Memory:
+    """Where a tensor lies; a weak reference, since an address alone is used again after a free."""
+    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())  # type: ignore[no-untyped-call]
 
 
 def layout(

@@ -46,7 +46,9 @@ class InProcessSyncer:
         changed = check_version(version, self._target.weight_version)
         matched = match(weights, live) if changed else {}
         copied = sum(
-            t.nbytes for name, t in live.items() if name in matched and t.data_ptr() != matched[name].data_ptr()
+            t.nbytes
+            for name, t in live.items()
+            if name in matched and t.data_ptr() != matched[name].data_ptr()
         )
         if changed:
             self._target.commit_weights(matched, version=version)

@@ -11,7 +11,6 @@ leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -20,6 +19,7 @@ import struct
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -113,8 +113,17 @@ class SharedMemoryReceiver:
     def _serve(self) -> None:
         while True:
             connection, _ = self._listener.accept()
-            with connection, contextlib.suppress(OSError):
-                self._serve_one(connection)
+            with connection:
+                try:
+                    self._serve_one(connection)
+                except OSError:  # the sender went away
+                    continue
+                except Exception as error:  # the next sender has to be served all the same
+                    warnings.warn(
+                        f"a weight sender was dropped: its messages make no sense "
+                        f"({type(error).__name__}: {error})",
+                        stacklevel=1,
+                    )
 
     def _serve_one(self, connection: socket.socket) -> None:
         """One sender, until it hangs up."""
@@ -172,9 +181,7 @@ class _Session:
                 views[name].copy_(tensor)
                 moved += views[name].nbytes
             checksums = {name: _checksum(view) for name, view in views.items()}
-            _send(
-                self._socket, {"version": version, "buffer": self._next, "checksums": checksums}
-            )
+            _send(self._socket, {"version": version, "buffer": self._next, "checksums": checksums})
             answer = self._answer()
             if "error" in answer:
                 raise SyncError(
@@ -227,7 +234,8 @@ def _views(buffer: Tensor, specs: Specs, offsets: dict[str, int]) -> dict[str, T
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    flat: Any = tensor.flatten().view(torch.uint8).numpy()
+    return zlib.crc32(flat)
 
 
 def _send(connection: socket.socket, message: dict[str, Any], fds: Iterable[int] = ()) -> None:

@@ -1,0 +1,236 @@
+"""Steering the embedded engine: abort, resume, pause, new weights, failures, event loops."""
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from miles.errors import EngineError
+from miles.rollout import HFEngine, Sample, Span, Status
+from tests.models import Passes, generate_all, params, serving, tiny
+
+kinds = pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
+PROMPT, LONG = [5, 6, 7], params(50, seed=4)
+
+
+def answer(engine: HFEngine, prompt, wanted=LONG) -> Sample:
+    return engine.submit(prompt, wanted).result(timeout=60)
+
+
+def interrupted(engine: HFEngine) -> Sample:
+    """A sample that is aborted on the way."""
+    passes = Passes(engine.model)
+    future = engine.submit(PROMPT, LONG)
+    passes.wait()
+    engine.abort_now()
+    return future.result(timeout=60)
+
+
+def others_of(engine: HFEngine, name: str) -> dict[str, torch.Tensor]:
+    weights = tiny(name, seed=1).state_dict()
+    return {key: weights[key] for key in engine.weight_tensors()}
+
+
+@kinds
+def test_abort_returns_what_there_is_with_every_list_aligned(name):
+    with serving(name, weight_version=2) as engine:
+        whole = answer(engine, PROMPT)
+        part = interrupted(engine)
+    n = len(part.tokens)
+    part.check()
+    assert 3 + 5 <= n < 53
+    assert (part.status, part.metadata["finish_reason"]) == (Status.ABORTED, "abort")
+    assert part.tokens == whole.tokens[:n] and part.spans == [Span(3, n, 2)]
+    if name == "qwen3_moe":
+        assert part.routing == whole.routing[: n - 1]
+
+
+@kinds
+def test_resumed_is_uninterrupted(name):
+    with serving(name) as engine:
+        whole = answer(engine, PROMPT)
+        part = interrupted(engine)
+        resumed = answer(engine, part)
+    assert resumed.tokens == whole.tokens
+    assert (resumed.spans, resumed.status) == (whole.spans, Status.TRUNCATED)
+    # What was cached is computed anew in one pass: float32 rounding, as in the file beside this.
+    expected = pytest.approx(whole.rollout_logprobs[3:], rel=0, abs=1e-4)
+    assert resumed.rollout_logprobs[3:] == expected
+    held = len(part.tokens)
+    assert resumed.rollout_logprobs[3:held] == part.rollout_logprobs[3:]
+    assert resumed.routing == whole.routing
+    assert part.status is Status.ABORTED and len(part.tokens) == held
+
+
+def test_a_resumed_sample_keeps_the_routing_its_logprobs_were_sampled_with():
+    with serving("qwen3_moe") as engine:
+        part = interrupted(engine)
+        engine.commit_weights(others_of(engine, "qwen3_moe"), version=1)
+        resumed = answer(engine, part)
+        fresh = answer(engine, part.tokens)
+    rows, n = len(part.routing), len(part.tokens)
+    assert resumed.routing[:rows] == part.routing != fresh.routing[:rows]
+    assert len(resumed.routing) == len(resumed.tokens) - 1
+    assert resumed.spans == [Span(3, n, 0), Span(n, 53, 1)]
+
+
+def test_a_resumed_sample_that_lost_its_routing_says_which_rows_are_gone():
+    with serving("qwen3_moe") as engine:
+        part = interrupted(engine)
+        part.routing = None
+        resumed = answer(engine, part)
+    gone = len(part.tokens) - 1
+    assert resumed.routing.recorded_N.tolist() == [False] * gone + [True] * (52 - gone)
+
+
+def test_abort_by_id_ends_that_request_only_queued_ones_too():
+    with serving("llama", max_batch=2) as engine:
+        whole = answer(engine, PROMPT)
+        passes = Passes(engine.model)
+        futures = [engine.submit(PROMPT, LONG, request_id=f"r{i}") for i in range(3)]
+        passes.wait()
+        engine.abort_now(["r0", "r2", "nobody"])
+        samples = [future.result(60) for future in futures]
+        assert answer(engine, samples[2]).tokens == whole.tokens
+    statuses = [sample.status for sample in samples]
+    assert statuses == [Status.ABORTED, Status.TRUNCATED, Status.ABORTED]
+    assert samples[1].tokens == whole.tokens
+    assert samples[2].tokens == PROMPT and samples[2].spans == []
+
+
+def test_abort_with_nothing_to_do_returns():
+    with serving("llama") as engine:
+        asyncio.run(engine.abort())
+        assert len(answer(engine, PROMPT).tokens) == 53
+
+
+def test_close_aborts_what_runs():
+    engine = HFEngine(tiny("llama"))
+    passes = Passes(engine.model)
+    future = engine.submit(PROMPT, LONG)
+    passes.wait()
+    engine.close()
+    assert future.result(1).status is Status.ABORTED
+
+
+def test_pause_holds_and_resume_goes_on():
+    with serving("qwen3_moe") as engine:
+        whole = answer(engine, PROMPT)
+        passes = Passes(engine.model)
+        future = engine.submit(PROMPT, LONG)
+        passes.wait()
+        asyncio.run(engine.pause())
+        held = passes.count
+        late = engine.submit(PROMPT, LONG)
+        time.sleep(0.1)
+        assert passes.count == held and not future.done() and not late.done()
+        asyncio.run(engine.resume())
+        assert future.result(60).tokens == late.result(60).tokens == whole.tokens
+
+
+@kinds
+def test_new_weights_in_mid_answer_give_two_spans_and_other_tokens(name):
+    with serving(name, weight_version=3) as engine:
+        whole = answer(engine, PROMPT)
+        passes = Passes(engine.model)
+        future = engine.submit(PROMPT, LONG)
+        passes.wait()
+        engine.commit_weights(others_of(engine, name), version=8)
+        assert engine.weight_version == 8
+        sample = future.result(60)
+    cut = sample.spans[0].end
+    assert sample.spans == [Span(3, cut, 3), Span(cut, 53, 8)] and 3 < cut < 53
+    assert sample.tokens[:cut] == whole.tokens[:cut]
+    assert sample.tokens[cut:] != whole.tokens[cut:]
+
+
+def test_committed_weights_are_copied_or_kept_as_asked():
+    with serving("llama") as engine:
+        others = others_of(engine, "llama")
+        engine.commit_weights(others, version=1)
+        live = engine.weight_tensors()
+        assert all(torch.equal(live[name], others[name]) for name in others)
+        assert all(live[name].data_ptr() != others[name].data_ptr() for name in others)
+        engine.commit_weights(others, version=2, alias=True)
+        live = engine.weight_tensors()
+        assert all(live[name].data_ptr() == others[name].data_ptr() for name in others)
+        answered = answer(engine, PROMPT)
+    with serving(tiny("llama", seed=1)) as engine:
+        assert answer(engine, PROMPT).tokens == answered.tokens
+    assert answered.weight_versions == [2]
+
+
+def test_weight_tensors_name_each_storage_once():
+    with serving(tiny("llama", tie_word_embeddings=True)) as tied, serving("llama") as untied:
+        names, all_names = set(tied.weight_tensors()), set(untied.weight_tensors())
+    assert all_names - names == {"lm_head.weight"}
+    assert all_names == set(tiny("llama").state_dict())
+
+
+def test_a_cancelled_task_does_not_break_the_engine():
+    with serving("llama", max_batch=1) as engine:
+        whole = answer(engine, PROMPT)
+        passes = Passes(engine.model)
+
+        async def main() -> Sample:
+            task = asyncio.create_task(engine.generate(PROMPT, LONG))
+            await asyncio.to_thread(passes.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return await engine.generate(PROMPT, LONG)
+
+        assert asyncio.run(main()).tokens == whole.tokens
+        assert len(engine._free) == 1
+
+
+@kinds
+def test_a_failing_forward_pass_costs_its_requests_only(name):
+    with serving(name, max_batch=2) as engine:
+        whole = answer(engine, PROMPT)
+        calls = []
+
+        def fail_at_third(*_) -> None:
+            calls.append(0)
+            if len(calls) == 3:
+                raise ZeroDivisionError("boom")
+
+        handle = engine.model.get_output_embeddings().register_forward_pre_hook(fail_at_third)
+        futures = [engine.submit(PROMPT, LONG) for _ in range(2)]
+        with pytest.raises(EngineError, match=r"(?s)the model failed.*Traceback.*boom"):
+            futures[0].result(60)
+        with pytest.raises(EngineError, match="boom"):
+            futures[1].result(60)
+        handle.remove()
+        assert [s.tokens for s in generate_all(engine, [PROMPT] * 3, LONG)] == [whole.tokens] * 3
+        assert not engine._active and len(engine._free) == 2
+
+
+def test_one_engine_serves_two_event_loops():
+    prompts = [[5], [6, 7], [8, 9, 10]]
+    with serving("llama", max_batch=4) as engine, ThreadPoolExecutor(2) as pool:
+        alone = [answer(engine, prompt).tokens for prompt in prompts]
+        both = list(pool.map(lambda _: generate_all(engine, prompts, LONG), range(2)))
+        again = generate_all(engine, prompts, LONG)
+    assert [[s.tokens for s in samples] for samples in (*both, again)] == [alone] * 3
+
+
+def test_weights_pushed_from_many_threads_while_it_generates_leave_it_whole():
+    with serving("llama", max_batch=2) as engine:
+        weights = others_of(engine, "llama")
+        threads = [
+            threading.Thread(
+                target=engine.commit_weights, args=(weights,), kwargs={"version": version}
+            )
+            for version in range(1, 5)
+        ]
+        futures = [engine.submit(PROMPT, LONG) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        samples = [future.result(60) for future in futures]
+    assert all(len(s.tokens) == 53 and s.spans[-1].end == 53 for s in samples)

@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from miles.errors import SyncError
+from miles.protocols import WeightSyncer, WeightTarget
+from miles.rollout import HFEngine
+from miles.sync import InProcessSyncer
+from tests.models import params, serving, tiny
+from tests.sync.targets import Target, random_tensors, same, tensors
+
+
+@pytest.fixture
+def target():
+    return Target()
+
+
+@pytest.fixture
+def syncer(target):
+    return InProcessSyncer(target)
+
+
+def test_it_fits_the_protocols(target, syncer):
+    assert isinstance(syncer, WeightSyncer) and isinstance(target, WeightTarget)
+
+
+def test_values_arrive_bit_for_bit(target, syncer):
+    wanted = random_tensors(1)
+    report = syncer.push(wanted.items(), version=1)
+    assert same(target.live, wanted) and target.weight_version == 1
+    num_bytes = 60 + 14 + 4 + 0 + 8
+    assert (report.version, report.num_tensors) == (1, 5)
+    assert report.num_bytes == report.copied_bytes == num_bytes
+    syncer.close()
+
+
+def test_values_are_cast_to_the_targets_dtype(target, syncer):
+    wanted = {name: tensor.double() for name, tensor in random_tensors(1).items()}
+    report = syncer.push(wanted.items(), version=1)
+    assert {name: t.dtype for name, t in target.live.items()} == {
+        name: t.dtype for name, t in tensors().items()
+    }
+    assert all(torch.equal(t, wanted[name].to(t.dtype)) for name, t in target.live.items())
+    assert report.num_bytes == 86
+
+
+def test_later_training_does_not_reach_into_what_is_served(target, syncer):
+    wanted = random_tensors(1)
+    syncer.push(wanted.items(), version=1)
+    wanted["weight"].fill_(7)
+    assert same(target.live, random_tensors(1))
+
+
+def test_the_version_that_is_served_is_not_pushed_again(target, syncer):
+    syncer.push(random_tensors(1).items(), version=3)
+    report = syncer.push(random_tensors(2).items(), version=3)
+    assert (report.version, report.num_tensors, report.copied_bytes) == (3, 0, 0)
+    assert same(target.live, random_tensors(1)) and len(target.seen) == 1
+
+
+def broken(change) -> list:
+    weights = random_tensors(2)
+    change(weights)
+    return list(weights.items())
+
+
+BROKEN = [
+    (r"missing tensors \['scalar'\]", broken(lambda w: w.pop("scalar"))),
+    (r"unknown tensors \['bias'\]", broken(lambda w: w.update(bias=torch.zeros(2)))),
+    (r"weight has shape \(5, 3\).*\(3, 5\)", broken(lambda w: w.update(weight=w["weight"].T))),
+    (r"scalar has shape \(1,\)", broken(lambda w: w.update(scalar=torch.zeros(1)))),
+    (r"missing tensors", []),
+]
+
+
+@pytest.mark.parametrize(("text", "weights"), BROKEN)
+def test_what_does_not_fit_is_named_and_the_old_version_serves_on(target, syncer, text, weights):
+    syncer.push(random_tensors(1).items(), version=1)
+    with pytest.raises(SyncError, match=text):
+        syncer.push(weights, version=2)
+    assert same(target.live, random_tensors(1)) and target.weight_version == 1
+    syncer.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(2))
+
+
+def test_versions_only_grow(target, syncer):
+    syncer.push(random_tensors(1).items(), version=5)
+    with pytest.raises(SyncError, match="version 4 is older than 5"):
+        syncer.push(random_tensors(2).items(), version=4)
+    assert same(target.live, random_tensors(1)) and target.weight_version == 5
+
+
+def test_a_trainer_that_fails_while_it_hands_out_weights_changes_nothing(target, syncer):
+    def failing():
+        yield from list(random_tensors(1).items())[:2]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        syncer.push(failing(), version=1)
+    assert same(target.live, tensors()) and target.weight_version == 0
+
+
+def test_one_model_for_both_moves_nothing():
+    model = tiny("llama")
+    with serving(model) as engine:
+        report = InProcessSyncer(engine).push(model.named_parameters(), version=4)
+        assert engine.weight_version == 4
+    assert report.copied_bytes == 0 < report.num_bytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engine_answers_with_the_trainers_weights(tied):
+    # state_dict names tied tensors twice, named_parameters once: both are taken.
+    trainer = tiny("qwen3_moe", seed=1, tie_word_embeddings=tied)
+    model = tiny("qwen3_moe", dtype=torch.bfloat16, tie_word_embeddings=tied)
+
+    def answered(engine: HFEngine) -> list[int]:
+        return engine.submit([5, 6], params(20)).result(60).tokens
+
+    with serving(model) as engine:
+        before = answered(engine)
+        InProcessSyncer(engine).push(trainer.state_dict().items(), version=1)
+        after = answered(engine)
+        InProcessSyncer(engine).push(trainer.named_parameters(), version=2)
+        assert answered(engine) == after != before
+    with serving(trainer.to(torch.bfloat16)) as engine:
+        assert answered(engine) == after

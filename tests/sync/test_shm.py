@@ -1,0 +1,246 @@
+import multiprocessing
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+
+import pytest
+import torch
+
+from miles.errors import SyncError
+from miles.protocols import WeightSyncer
+from miles.sync import SharedMemoryReceiver, SharedMemorySyncer, shm
+from tests.models import params, serving, tiny
+from tests.sync.targets import Target, random_tensors, same, serve, tensors
+from tests.sync.test_inprocess import BROKEN
+
+
+@pytest.fixture
+def address(tmp_path):
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def target(address):
+    target = Target()
+    SharedMemoryReceiver(target, address)
+    return target
+
+
+@pytest.fixture
+def syncer(target, address):
+    syncer = SharedMemorySyncer(address, timeout=30)
+    yield syncer
+    syncer.close()
+
+
+def test_values_arrive_bit_for_bit(target, syncer):
+    assert isinstance(syncer, WeightSyncer)
+    wanted = random_tensors(1)
+    report = syncer.push(wanted.items(), version=1)
+    assert same(target.live, wanted) and target.weight_version == 1
+    assert (report.version, report.num_tensors, report.num_bytes) == (1, 5, 86)
+
+
+def test_values_are_cast_to_the_targets_dtype(target, syncer):
+    wanted = {name: tensor.double() for name, tensor in random_tensors(1).items()}
+    syncer.push(wanted.items(), version=1)
+    assert {name: t.dtype for name, t in target.live.items()} == {
+        name: t.dtype for name, t in tensors().items()
+    }
+    assert all(torch.equal(t, wanted[name].to(t.dtype)) for name, t in target.live.items())
+
+
+def test_what_is_served_is_the_buffer_itself_and_both_take_turns(target, syncer):
+    pointers = []
+    for version in range(1, 5):
+        syncer.push(random_tensors(version).items(), version=version)
+        pointers.append(target.live["weight"].data_ptr())
+    assert pointers[0] == pointers[2] != pointers[1] == pointers[3]
+
+
+def test_a_push_never_writes_memory_that_is_served(target, syncer):
+    syncer.push(random_tensors(1).items(), version=1)
+    held, writes = target.live, []
+
+    def slowly():
+        for name, tensor in random_tensors(2).items():
+            yield name, tensor
+            writes.append(same(held, random_tensors(1)))
+
+    syncer.push(slowly(), version=2)
+    assert writes == [True] * 5
+    assert same(held, random_tensors(1)) and same(target.live, random_tensors(2))
+    # A failed push leaves its half-written buffer out of service too.
+    with pytest.raises(SyncError):
+        syncer.push([*list(random_tensors(3).items())[:3]], version=3)
+    assert same(target.live, random_tensors(2))
+    syncer.push(random_tensors(4).items(), version=4)
+    assert same(target.live, random_tensors(4))
+
+
+def test_the_version_that_is_served_is_not_pushed_again(target, syncer):
+    syncer.push(random_tensors(1).items(), version=3)
+    report = syncer.push(random_tensors(2).items(), version=3)
+    assert (report.version, report.num_tensors, report.num_bytes) == (3, 0, 0)
+    assert same(target.live, random_tensors(1)) and len(target.seen) == 1
+
+
+def test_versions_only_grow(target, syncer, address):
+    syncer.push(random_tensors(1).items(), version=5)
+    for again in (syncer, SharedMemorySyncer(address)):
+        with pytest.raises(SyncError, match="version 4 is older than 5"):
+            again.push(random_tensors(2).items(), version=4)
+        syncer.close()
+    assert same(target.live, random_tensors(1)) and target.weight_version == 5
+
+
+@pytest.mark.parametrize(("text", "weights"), BROKEN)
+def test_what_does_not_fit_is_named_and_the_old_version_serves_on(target, syncer, text, weights):
+    syncer.push(random_tensors(1).items(), version=1)
+    with pytest.raises(SyncError, match=text):
+        syncer.push(weights, version=2)
+    assert same(target.live, random_tensors(1)) and target.weight_version == 1
+    syncer.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(2)) and target.weight_version == 2
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 500)])
+def test_an_unknown_tensor_is_not_taken_for_a_tied_one_when_memory_is_reused(address, shape):
+    live = {f"w{i}": torch.zeros(shape) for i in range(4)}
+    SharedMemoryReceiver(Target(live), address)
+
+    def passing_by():
+        for name in [*live, "bias"]:
+            yield name, torch.randn(shape)
+
+    with pytest.raises(SyncError, match=r"unknown tensors \['bias'\]"):
+        SharedMemorySyncer(address).push(passing_by(), version=1)
+
+
+def test_a_flipped_byte_is_found_before_anything_is_served(target, syncer, monkeypatch):
+    syncer.push(random_tensors(1).items(), version=1)
+    send = shm._send
+
+    def flipping(connection, message, fds=()):
+        if message.get("version") == 2 and "checksums" in message:
+            half = syncer._session._buffers[message["buffer"]]["half"]
+            half.view(torch.uint8)[3] ^= 1
+        send(connection, message, fds)
+
+    monkeypatch.setattr(shm, "_send", flipping)
+    with pytest.raises(SyncError, match=r"version 2 was not taken, 1 is still.*half arrived"):
+        syncer.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(1)) and target.weight_version == 1
+    monkeypatch.undo()
+    syncer.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(2)) and target.weight_version == 2
+
+
+def test_a_commit_that_fails_is_reported_with_its_reason(target, syncer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(target, "commit_weights", fail)
+    with pytest.raises(SyncError, match="ZeroDivisionError: boom"):
+        syncer.push(random_tensors(1).items(), version=1)
+    monkeypatch.undo()
+    syncer.push(random_tensors(1).items(), version=1)
+    assert same(target.live, random_tensors(1))
+
+
+def test_a_sender_that_goes_away_makes_room_for_the_next(target, syncer, address):
+    syncer.push(random_tensors(1).items(), version=1)
+    served = target.live
+    syncer.close()
+    other = SharedMemorySyncer(address)
+    other.push(random_tensors(2).items(), version=2)
+    assert same(served, random_tensors(1)) and same(target.live, random_tensors(2))
+    other.close()
+    syncer.push(random_tensors(3).items(), version=3)
+    assert same(target.live, random_tensors(3))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\x01", b"\x05\x00\x00\x00{", b"\x02\x00\x00\x00xx", b"\x02\x00\x00\x00{}" * 2],
+)
+@pytest.mark.filterwarnings("ignore:a weight sender was dropped")
+def test_a_stranger_that_hangs_up_or_talks_nonsense_does_no_harm(target, syncer, address, garbage):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+        stranger.connect(str(address))
+        stranger.recv(65536)
+        stranger.sendall(garbage)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.recv(1)
+    syncer.push(random_tensors(1).items(), version=1)
+    assert same(target.live, random_tensors(1))
+
+
+def test_only_this_user_reaches_the_socket(target, address):
+    assert stat.S_IMODE(os.stat(address).st_mode) == 0o600
+
+
+def test_nobody_at_the_address_is_an_error_that_says_so(address):
+    with pytest.raises(SyncError, match=r"weights went away.*restart the engine and push again"):
+        SharedMemorySyncer(address).push(random_tensors(1).items(), version=1)
+
+
+def test_a_receiver_that_does_not_answer_in_time_is_an_error(address):
+    target = Target(commit_seconds=0.5)
+    SharedMemoryReceiver(target, address)
+    syncer = SharedMemorySyncer(address, timeout=0.1)
+    with pytest.raises(SyncError, match="version 1 was pushed"):
+        syncer.push(random_tensors(1).items(), version=1)
+    patient = SharedMemorySyncer(address, timeout=30)
+    patient.push(random_tensors(1).items(), version=1)
+    patient.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(2))
+
+
+def test_a_receiver_killed_during_a_push_is_an_error_and_its_successor_is_served(address):
+    context = multiprocessing.get_context("spawn")
+
+    def start(commit_seconds: float):
+        ready = context.Event()
+        child = context.Process(target=serve, args=(str(address), ready, commit_seconds))
+        child.start()
+        assert ready.wait(60)
+        return child
+
+    child = start(commit_seconds=60)
+    syncer = SharedMemorySyncer(address, timeout=30)
+    timer = threading.Timer(0.3, os.kill, (child.pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(SyncError, match="went away while version 1 was pushed"):
+        syncer.push(random_tensors(1).items(), version=1)
+    child.join()
+    child = start(commit_seconds=0)
+    assert syncer.push(random_tensors(1).items(), version=1).version == 1
+    child.kill()
+    child.join()
+
+
+def test_a_closed_session_leaves_no_descriptor_open(target, syncer):
+    before = len(os.listdir("/proc/self/fd"))
+    for version in range(1, 4):
+        syncer.push(random_tensors(version).items(), version=version)
+        syncer.close()
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+def test_an_engine_answers_with_the_trainers_weights(address):
+    with serving(tiny("qwen3_moe", tie_word_embeddings=True)) as engine:
+        SharedMemoryReceiver(engine, address)
+        tied = tiny("qwen3_moe", seed=1, tie_word_embeddings=True)
+        syncer = SharedMemorySyncer(address)
+        for version in (1, 2, 3):
+            syncer.push(tied.state_dict().items(), version=version)
+        got = engine.submit([5, 6], params(20)).result(60)
+        syncer.close()
+    assert got.weight_versions == [3]
+    with serving(tied) as engine:
+        assert engine.submit([5, 6], params(20)).result(60).tokens == got.tokens
