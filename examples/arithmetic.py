@@ -1,15 +1,22 @@
-"""The task of `grpo_loop.py`: sums of one-digit numbers from reasoning_gym, and a model to learn them.
+"""The task of `grpo_loop.py`: sums from reasoning_gym, and a model to learn them.
 
 The model is a Qwen3-MoE of transformers with random weights and one token a character.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from miles import count
+from miles.losses import aggregate, token_logprobs
+from miles.rollout import Sample, collate
 
 CHARACTERS = "0123456789+- ="
 PAD, EOS = "<pad>", "<eos>"
@@ -24,48 +31,45 @@ class Problem:
 
 
 class ChainSum:
-    """reasoning_gym's `chain_sum`: three one-digit numbers, added and subtracted.
+    """reasoning_gym's `chain_sum`: one-digit numbers, added and subtracted.
 
-    A tenth of all questions, told by a hash of their text, is held out: training never sees them.
+    One question in `held_out_share`, told by a hash of its text, is held out: training never sees
+    it.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, num_terms: int = 3, held_out_share: int = 10) -> None:
         import reasoning_gym
 
-        self._seed = seed
+        self._seed, self._share = seed, held_out_share
         self._dataset = reasoning_gym.create_dataset(
             "chain_sum", size=1_000_000, seed=seed,
-            min_terms=3, max_terms=3, min_digits=1, max_digits=1,
+            min_terms=num_terms, max_terms=num_terms, min_digits=1, max_digits=1,
         )  # fmt: skip
 
-    def held_out(self, count: int) -> list[Problem]:
-        """Distinct held-out problems, the same for every run with this seed."""
-        found: dict[str, Problem] = {}
-        for problem in self._walk(random.Random(self._seed)):
-            if _is_held_out(problem):
-                found[problem.prompt] = problem
-            if len(found) == count:
-                return list(found.values())
-        raise AssertionError("unreachable: the walk is endless")
-
-    def training(self, count: int, step: int) -> list[Problem]:
-        """Problems of training step `step`."""
-        walk = self._walk(random.Random(f"{self._seed}/{step}"))
-        chosen = (problem for problem in walk if not _is_held_out(problem))
-        return [next(chosen) for _ in range(count)]
+    def prompt(self, item: dict[str, Any]) -> str:
+        """The sum itself, without the sentence around it."""
+        return str(item["question"]).rsplit(": ", 1)[1].replace(" ", "")
 
     def score(self, answer: str, problem: Problem) -> float:
         """The task's own grade: 1 for the answer, less for text that merely holds it."""
         return float(self._dataset.score_answer(answer, problem.item))
 
-    def _walk(self, rng: random.Random) -> Iterator[Problem]:
+    def training(self, count: int, step: int) -> list[Problem]:
+        """Problems of training step `step`."""
+        return list(itertools.islice(self._walk(f"{self._seed}/{step}", held_out=False), count))
+
+    def held_out(self, count: int) -> list[Problem]:
+        """Distinct held-out problems (all there are, if fewer), the same for every step."""
+        walk = itertools.islice(self._walk(f"{self._seed}/held-out", held_out=True), 50 * count)
+        found = {problem.prompt: problem for problem in walk}
+        return list(found.values())[:count]
+
+    def _walk(self, seed: str, *, held_out: bool) -> Iterator[Problem]:
+        rng = random.Random(seed)
         while True:
             item = self._dataset[rng.randrange(len(self._dataset))]
-            yield Problem(item["question"].rsplit(": ", 1)[1].replace(" ", ""), item)
-
-
-def _is_held_out(problem: Problem) -> bool:
-    return zlib.crc32(problem.prompt.encode()) % 10 == 0
+            if (zlib.crc32(item["question"].encode()) % self._share == 0) == held_out:
+                yield Problem(self.prompt(item), item)
 
 
 def build_tokenizer() -> Any:
@@ -82,7 +86,6 @@ def build_tokenizer() -> Any:
 
 def build_model(seed: int) -> Any:
     """A quarter of a million parameters, 8 experts of which each token uses 2."""
-    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
@@ -107,3 +110,28 @@ def build_model(seed: int) -> Any:
             bos_token_id=None,
         )
     )
+
+
+def warm_up(
+    model: Any, tokenizer: Any, task: ChainSum, *, num_steps: int, learning_rate: float, log: Any
+) -> None:
+    """Plain supervised learning on right answers, cut short while most answers are wrong."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+    log.phase("warm-up", num_steps)
+    for step in range(num_steps):
+        samples = []
+        for problem in task.training(128, -1 - step):
+            prompt, answer = tokenizer([problem.prompt, problem.item["answer"]])["input_ids"]
+            sample = Sample(tokens=prompt)
+            sample.append([*answer, tokenizer.eos_token_id], logprobs=[0.0] * (len(answer) + 1))
+            samples.append(sample)
+        batch = collate(samples).to(model.device)
+        logits_BLV = model(
+            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
+        ).logits
+        loss_T = -token_logprobs(logits_BLV.flatten(0, 1), batch.targets_T)
+        optimizer.zero_grad()
+        aggregate(loss_T, batch.packed, count(batch.packed)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.advance()

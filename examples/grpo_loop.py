@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arithmetic import ChainSum, build_model, build_tokenizer, warm_up
 from rollouts import Rollouts
 from runlog import RunLog, load_checkpoint, save_checkpoint
 from torch import Tensor
 
 from miles import Packed, count
 from miles.losses import (
-    aggregate,
     group_advantages,
     mismatch_metrics,
     presets,
@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     """Decides initial weights, problems and every sampled token."""
 
-    num_steps: int = 200
+    num_steps: int = 150
     """Rollout-and-train steps."""
     num_prompts: int = 128
     """Prompts per step."""
@@ -60,6 +60,8 @@ class Config:
     """Answers per prompt: the group whose rewards are compared."""
     num_updates: int = 8
     """Optimizer steps made of one rollout; each takes its share of the samples."""
+    num_epochs: int = 4
+    """Passes over one rollout; more than one leans on the clipped ratio."""
     micro_batch_size: int = 128
     """Samples per forward pass."""
     max_new_tokens: int = 6
@@ -67,12 +69,14 @@ class Config:
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained on."""
 
-    warmup_steps: int = 120
+    warmup_steps: int = 105
     """Supervised steps before RL, to have some right answers to reinforce."""
     warmup_learning_rate: float = 3e-3
     """AdamW, for the warm-up."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """AdamW, for RL; falls linearly to a tenth."""
+    weight_decay: float = 0.1
+    """AdamW, for RL."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ratio_max: float = 1.28
@@ -95,8 +99,6 @@ class Config:
     """Held-out problems."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
-    num_threads: int = 2
-    """CPU threads of the trainer."""
     device: str = "cpu"
     """Of trainer and engine."""
 
@@ -123,10 +125,13 @@ class Run:
 
 def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
     """Everything from warm-up to the last evaluation; returns the held-out accuracy."""
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(2)
     checkpoints = config.out / "checkpoints"
     model.to(config.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
     step = 0
     if config.resume:
         step = load_checkpoint(checkpoints, model, optimizer)
@@ -141,7 +146,10 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
         if config.resume:
             log.say(f"resumed at step {step}")
         else:
-            warm_up(run)
+            warm_up(
+                model, tokenizer, task, num_steps=config.warmup_steps,
+                learning_rate=config.warmup_learning_rate, log=log,
+            )  # fmt: skip
             save_checkpoint(checkpoints, 0, model, tokenizer, optimizer)
         run.rollouts = Rollouts(
             model, checkpoints / "step-000000", log, device=config.device,
@@ -168,7 +176,9 @@ def train_step(run: Run, step: int) -> int:
     """Sample, score, correct, update, sync: the engine goes from version `step` to `step + 1`."""
     config, n = run.config, run.config.num_samples_per_prompt
     began = time.perf_counter()
-    problems = [problem for problem in run.task.training(config.num_prompts, step) for _ in range(n)]
+    problems = [
+        problem for problem in run.task.training(config.num_prompts, step) for _ in range(n)
+    ]
     samples = sample(run, problems, step, temperature=config.temperature, seed=step * 1_000_000)
     sampled = time.perf_counter()
 
@@ -197,9 +207,11 @@ def train_step(run: Run, step: int) -> int:
     # Updates. What a loss is divided by is counted over all micro-batches of its update.
     run.log.phase("training", len(micros))
     for group in run.optimizer.param_groups:
-        group["lr"] = config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.9 * step / config.num_steps)
+        group["lr"] = (
+            config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.9 * step / config.num_steps)
+        )
     metrics, losses, norms = [], [], []
-    for update in torch.arange(len(micros)).chunk(config.num_updates):
+    for update in torch.arange(len(micros)).chunk(config.num_updates) * config.num_epochs:
         denominators = count([micros[k].packed for k in update])
         run.optimizer.zero_grad()
         for k in update:
@@ -260,9 +272,10 @@ def sample(
 ) -> list[Sample]:
     """One answer for each problem, from the engine."""
     run.log.phase("sampling", len(problems))
+    prompts = {problem.prompt: run.encode(problem.prompt) for problem in problems}
     requests = [
         (
-            run.encode(problem.prompt),
+            prompts[problem.prompt],
             SamplingParams(
                 max_new_tokens=run.config.max_new_tokens, temperature=temperature,
                 seed=run.config.seed + seed + index,
@@ -281,33 +294,8 @@ def evaluate(run: Run, version: int) -> float:
     return sum(run.task.score(run.decode(s), p) == 1 for s, p in pairs) / len(problems)
 
 
-def warm_up(run: Run) -> None:
-    """Plain supervised learning on right answers, cut short while the model is still mostly wrong."""
-    config = run.config
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.warmup_learning_rate, betas=(0.9, 0.95))
-    run.log.phase("warm-up", config.warmup_steps)
-    for step in range(config.warmup_steps):
-        samples = []
-        for problem in run.task.training(128, -1 - step):
-            s = Sample(tokens=run.encode(problem.prompt))
-            answer = [*run.encode(problem.item["answer"]), run.tokenizer.eos_token_id]
-            s.append(answer, logprobs=[0.0] * len(answer))
-            samples.append(s)
-        batch = collate(samples).to(config.device)
-        logits = run.model(
-            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
-        ).logits
-        loss_T = -token_logprobs(logits.flatten(0, 1), batch.targets_T)
-        optimizer.zero_grad()
-        aggregate(loss_T, batch.packed, count(batch.packed)).backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        run.log.advance()
-
-
 if __name__ == "__main__":
     import tyro
-    from arithmetic import ChainSum, build_model, build_tokenizer
 
     config = tyro.cli(Config)
     train(config, ChainSum(config.seed), build_model(config.seed), build_tokenizer())

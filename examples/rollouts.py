@@ -21,7 +21,7 @@ Request = tuple[list[int], SamplingParams]
 def start_engine(model_dir: str, address: str | None, device: str, max_batch: int) -> HFEngine:
     """A bf16 engine; with an address, weights can be pushed to it there."""
     if address is not None:  # a process of our own; one thread leaves the other core to the trainer
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).to(device)
     engine = HFEngine(model, max_batch=max_batch)
     if address is not None:
@@ -38,8 +38,14 @@ class Rollouts:
     """
 
     def __init__(
-        self, model: Any, model_dir: Path, log: RunLog, *,
-        device: str, max_batch: int, own_process: bool,
+        self,
+        model: Any,
+        model_dir: Path,
+        log: RunLog,
+        *,
+        device: str,
+        max_batch: int,
+        own_process: bool,
     ) -> None:
         self._model, self._log = model, log
         self._folder = tempfile.TemporaryDirectory(prefix="miles-")  # mode 0700
@@ -67,7 +73,7 @@ class Rollouts:
         raise AssertionError("unreachable")
 
     def generate(self, requests: list[Request], version: int) -> list[Sample]:
-        """All answers, in order. What a dying engine had finished stays; the rest is sampled again."""
+        """All answers, in order; of a dying engine's, those it had finished are kept."""
         samples: list[Sample | None] = [None] * len(requests)
 
         async def one(index: int) -> None:

@@ -186,8 +186,8 @@ def _refuse_nan(x_T: Tensor, old_logprobs_T: Tensor, packed: Packed) -> None:
     raise MissingLogprobError(
         f"{int(bad_T.sum())} trainable tokens have no usable log-prob (NaN, or the same infinity "
         f"on both sides), the first at position {token} (sequence "
-        f"{int(packed.seq_ids_T[token])}), in {name}; expected a number for every token that mask_T trains on; mask the token, or have "
-        "the engine return log-probs"
+        f"{int(packed.seq_ids_T[token])}), in {name}; expected a number for every token that "
+        "mask_T trains on; mask the token, or have the engine return log-probs"
     )
 
 

@@ -114,10 +114,57 @@ class RoutingTape:
         holes_N = None if self._holes_N is None else self._holes_N[tokens]
         return self._of(self._ids[tokens], holes_N, self.num_experts)
 
+    def to_bytes(self) -> bytes:
+        """The ids in storage order, then one byte a row that says whether it is missing."""
+        holes_N = ~self.recorded_N
+        return b"".join(t.contiguous().numpy().tobytes() for t in (self._ids, holes_N))
+
+    @classmethod
+    def from_bytes(
+        cls, data: bytes, *, num_layers: int, topk: int, num_experts: int
+    ) -> RoutingTape:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            RoutingError: a length that no number of tokens explains, or ids out of range.
+        """
+        dtype = _storage(num_experts)
+        row = num_layers * topk * dtype.itemsize + 1
+        if len(data) % row:
+            raise RoutingError(
+                f"got {len(data)} bytes of routing; expected a multiple of {row} ({num_layers} "
+                f"layers x {topk} experts x {dtype.itemsize} bytes, and 1)"
+            )
+        tokens = len(data) // row
+        flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
+        ids = flat[: tokens * (row - 1)].view(dtype).view(tokens, num_layers, topk)
+        holes_N = flat[tokens * (row - 1) : tokens * row].view(torch.bool)
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
+            raise RoutingError(
+                f"routing holds expert ids up to {int(ids.max())}; expected 0..{num_experts - 1}"
+            )
+        return cls._of(ids, holes_N if bool(holes_N.any()) else None, num_experts)
+
     def rows(self, index: Tensor) -> RoutingTape:
         """The tokens of an int64 index, in its order."""
         holes_N = None if self._holes_N is None else self._holes_N[index]
         return self._of(self._ids[index], holes_N, self.num_experts)
+
+    @classmethod
+    def pad(cls, tapes: Sequence[RoutingTape], width: int) -> RoutingTape:
+        """Tapes end to end, each with rows that say "not recorded" up to `width` tokens."""
+        if not tapes:
+            raise EmptyBatchError("RoutingTape.pad got no tape; expected at least one")
+        first = _same_shape(tapes)
+        if (longest := max(map(len, tapes))) > width:
+            raise RoutingError(f"a tape has {longest} rows; expected at most width={width}")
+        ids = first._ids.new_zeros((len(tapes), width, *first._ids.shape[1:]))
+        holes = torch.ones((len(tapes), width), dtype=torch.bool)
+        for row, tape in enumerate(tapes):
+            ids[row, : len(tape)] = tape._ids
+            holes[row, : len(tape)] = False if tape._holes_N is None else tape._holes_N
+        holes_N = holes.flatten() if bool(holes.any()) else None
+        return cls._of(ids.flatten(0, 1), holes_N, first.num_experts)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -140,18 +187,23 @@ class RoutingTape:
         """Tapes end to end."""
         if not tapes:
             raise EmptyBatchError("RoutingTape.cat got no tape; expected at least one")
-        first = tapes[0]
-        for index, tape in enumerate(tapes):
-            got = (tape.num_layers, tape.topk, tape.num_experts)
-            expected = (first.num_layers, first.topk, first.num_experts)
-            if got != expected:
-                raise RoutingError(
-                    f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as in 0"
-                )
+        first = _same_shape(tapes)
         holes_N = None
         if any(tape._holes_N is not None for tape in tapes):
             holes_N = torch.cat([~tape.recorded_N for tape in tapes])
         return cls._of(torch.cat([tape._ids for tape in tapes]), holes_N, first.num_experts)
+
+
+def _same_shape(tapes: Sequence[RoutingTape]) -> RoutingTape:
+    first = tapes[0]
+    expected = (first.num_layers, first.topk, first.num_experts)
+    for index, tape in enumerate(tapes):
+        got = (tape.num_layers, tape.topk, tape.num_experts)
+        if got != expected:
+            raise RoutingError(
+                f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as tape 0"
+            )
+    return first
 
 
 def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from miles import errors
 from miles.errors import EngineError, MilesError, MissingExtraError
 from miles.moe.tape import RoutingTape
@@ -66,7 +64,9 @@ def sample_from_wire(wire: dict[str, Any]) -> Sample:
         | {
             "status": Status(wire["status"]),
             "spans": [Span(*span) for span in wire["spans"]],
-            "routing": None if wire["routing"] is None else _tape_from_wire(wire["routing"]),
+            "routing": None
+            if wire["routing"] is None
+            else RoutingTape.from_bytes(**wire["routing"]),
         }
     )
 
@@ -82,17 +82,12 @@ def params_from_wire(wire: dict[str, Any]) -> SamplingParams:
 
 
 def _tape_to_wire(tape: RoutingTape) -> dict[str, Any]:
-    ids = tape.expert_ids
     return {
-        "shape": list(ids.shape),
+        "data": tape.to_bytes(),
+        "num_layers": tape.num_layers,
+        "topk": tape.topk,
         "num_experts": tape.num_experts,
-        "int16": ids.contiguous().numpy().tobytes(),
     }
-
-
-def _tape_from_wire(wire: dict[str, Any]) -> RoutingTape:
-    ids = torch.frombuffer(bytearray(wire["int16"]), dtype=torch.int16)
-    return RoutingTape(ids.view(wire["shape"]), num_experts=wire["num_experts"])
 
 
 def error_to_wire(error: BaseException) -> tuple[str, str]:

@@ -5,8 +5,9 @@ Shapes: B samples, L positions of the longest, T = B * L positions laid end to e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from miles.packed import Packed
 from miles.rollout.sample import Sample
 
 __all__ = ["TrainBatch", "collate"]
+
+IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,32 +97,30 @@ def collate(
         sample.check()
     longest = max(len(sample.tokens) for sample in samples)
     width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-    shape = (len(samples), width)
 
-    input_ids_BL = torch.full(shape, pad_token_id)
-    attention_mask_BL = torch.zeros(shape, dtype=torch.int64)
-    targets_BL = torch.full(shape, -100)
-    logprobs_BL = torch.full(shape, torch.nan)
-    required_BL = torch.zeros(shape, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        n = len(sample.tokens)
-        tokens = torch.tensor(sample.tokens)
-        trainable = torch.tensor(sample.loss_mask[1:], dtype=torch.bool)
-        input_ids_BL[row, :n] = tokens
-        attention_mask_BL[row, :n] = 1
-        targets_BL[row, : n - 1] = torch.where(trainable, tokens[1:], -100)
-        logprobs_BL[row, : n - 1] = torch.tensor(sample.rollout_logprobs[1:])
-        required_BL[row, : n - 1] = True
+    def rows(parts: Iterable[list[Any]], filler: Any) -> Tensor:
+        return torch.tensor([part + [filler] * (width - len(part)) for part in parts])
+
+    input_ids_BL = rows((sample.tokens for sample in samples), pad_token_id)
+    targets_BL = rows((_targets(sample) for sample in samples), IGNORED)
+    logprobs_BL = rows((sample.rollout_logprobs[1:] for sample in samples), torch.nan)
+    lengths_B1 = torch.tensor([len(sample.tokens) for sample in samples])[:, None]
+    positions_L = torch.arange(width)
     groups = None if group_ids is None else torch.tensor(group_ids, dtype=torch.int64)
     return TrainBatch(
         input_ids_BL=input_ids_BL,
-        attention_mask_BL=attention_mask_BL,
+        attention_mask_BL=(positions_L < lengths_B1).to(torch.int64),
         targets_T=targets_BL.flatten(),
-        packed=Packed.from_padded(targets_BL != -100, groups),
-        rollout_logprobs_T=logprobs_BL.flatten(),
+        packed=Packed.from_padded(targets_BL != IGNORED, groups),
+        rollout_logprobs_T=logprobs_BL.float().flatten(),
         routing=_routing(samples, width),
-        routing_required_T=required_BL.flatten(),
+        routing_required_T=(positions_L < lengths_B1 - 1).flatten(),
     )
+
+
+def _targets(sample: Sample) -> list[int]:
+    pairs = zip(sample.tokens[1:], sample.loss_mask[1:], strict=True)
+    return [token if trainable else IGNORED for token, trainable in pairs]
 
 
 def _routing(samples: Sequence[Sample], width: int) -> RoutingTape | None:
@@ -132,9 +133,4 @@ def _routing(samples: Sequence[Sample], width: int) -> RoutingTape | None:
             f"samples {missing[:8]} have no routing and the others do; expected all or none "
             "(an aborted request may have lost it: sample again, or set routing=None on all)"
         )
-    first = tapes[0]
-    filler = RoutingTape.unrecorded(
-        width, num_layers=first.num_layers, topk=first.topk, num_experts=first.num_experts
-    )
-    rows = [part for tape in tapes for part in (tape, filler[: width - len(tape)])]
-    return RoutingTape.cat(rows)
+    return RoutingTape.pad(tapes, width)

@@ -1,0 +1,34 @@
+# Every target sets up .venv by itself; a machine needs Python 3.11 or newer and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check docs bench notebooks
+
+demo: .venv/examples
+	$(BIN)/python examples/grpo_loop.py --out runs/demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_direction.py tests/test_lean_import.py
+
+docs: .venv/docs
+	$(BIN)/zensical build --clean
+
+bench: .venv/examples
+	$(BIN)/python benchmarks/engine_throughput.py
+
+# torch first and by exact version, so that nothing else decides which build comes.
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+.venv/%: .venv/torch pyproject.toml
+	$(PIP) --editable ".[$*]"
+	@touch $@
