@@ -52,28 +52,28 @@ class Config:
     seed: int = 0
     """Decides initial weights, problems and every sampled token."""
 
-    num_steps: int = 150
+    num_steps: int = 140
     """Rollout-and-train steps."""
-    num_prompts: int = 128
+    num_prompts: int = 256
     """Prompts per step."""
-    num_samples_per_prompt: int = 8
+    num_samples_per_prompt: int = 4
     """Answers per prompt: the group whose rewards are compared."""
-    num_updates: int = 8
+    num_updates: int = 4
     """Optimizer steps made of one rollout; each takes its share of the samples."""
     num_epochs: int = 4
     """Passes over one rollout; more than one leans on the clipped ratio."""
-    micro_batch_size: int = 128
+    micro_batch_size: int = 256
     """Samples per forward pass."""
     max_new_tokens: int = 6
     """Longest answer, in tokens."""
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained on."""
 
-    warmup_steps: int = 105
+    warmup_steps: int = 95
     """Supervised steps before RL, to have some right answers to reinforce."""
     warmup_learning_rate: float = 3e-3
     """AdamW, for the warm-up."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """AdamW, for RL; falls linearly to a tenth."""
     weight_decay: float = 0.1
     """AdamW, for RL."""
@@ -93,7 +93,7 @@ class Config:
     max_batch: int = 256
     """Requests that the engine generates at once."""
 
-    eval_every: int = 50
+    eval_every: int = 20
     """Steps between held-out evaluations."""
     num_held_out: int = 256
     """Held-out problems."""

@@ -136,8 +136,7 @@ class RoutingReplay:
             raise RoutingError(f"layers recorded different numbers of tokens: {rows}")
         present = [ids for ids in layers if ids is not None]
         if present:
-            filled = RoutingTape(torch.stack(present, 1), num_experts=self.num_experts)
-            tape.__dict__.update(filled.__dict__)
+            tape._fill(torch.stack(present, 1))
 
     @contextlib.contextmanager
     def replay(

@@ -76,6 +76,10 @@ class RoutingTape:
         tape.num_experts, tape._ids, tape._holes_N = num_experts, ids, holes_N
         return tape
 
+    def _fill(self, ids: Tensor) -> None:
+        """Take what a router's own topk gave, which needs no checking."""
+        self._ids, self._holes_N = ids.to("cpu", _storage(self.num_experts)), None
+
     @property
     def expert_ids(self) -> Tensor:
         """int16 `[N, M, K]`; -1 where a row was not recorded."""

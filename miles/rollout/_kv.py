@@ -42,6 +42,10 @@ class KVMemory(Protocol):
         """Process one token a slot; returns logits `[R, V]` and R rows of routing."""
         ...
 
+    def worth_moving(self, highest: int, active: int) -> bool:
+        """Whether filling the holes below `highest` would make a step cheaper."""
+        ...
+
     def move(self, source: int, target: int, length: int) -> None:
         """Give `source`'s first `length` positions to the free slot `target`."""
         ...
@@ -86,10 +90,11 @@ class SlotMemory:
         config: Any = model.config
         self._eager = config.get_text_config(decoder=True)._attn_implementation == "eager"
         num_layers = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
-        self._layers = [_SlotLayer(num_slots, max_context) for _ in range(num_layers)]
+        num_rows = _round_up(num_slots, row_tile)
+        self._layers = [_SlotLayer(num_rows, max_context) for _ in range(num_layers)]
         self._cache = Cache(layers=list(self._layers))
-        self._recorder = recorder
-        self._num_slots = num_slots
+        self._recorder, self._max_context = recorder, max_context
+        self._every_row = torch.arange(num_rows, device=_device(model))
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
@@ -122,23 +127,25 @@ class SlotMemory:
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, RoutingTape | None]:
-        device = _device(self._model)
-        num_rows = min(_round_up(max(slots) + 1, self._row_tile), self._num_slots)
-        ids_R1 = torch.zeros((num_rows, 1), dtype=torch.int64)
-        positions_R1 = torch.zeros((num_rows, 1), dtype=torch.int64)
-        ids_R1[slots, 0] = torch.tensor(tokens)
-        positions_R1[slots, 0] = torch.tensor(positions)
-        ids_R1, positions_R1 = ids_R1.to(device), positions_R1.to(device)
-        num_keys = _round_up(max(positions) + 1, KEY_TILE)
-        for layer in self._layers:
-            num_keys = min(num_keys, layer.max_context)
-            layer.write_tokens(positions_R1[:, 0], num_keys)
-        visible = torch.arange(num_keys, device=device) <= positions_R1
-        with _recording(self._recorder) as tape:
-            logits_RV = self._forward(ids_R1, positions_R1, self._mask(visible[:, None, None]))
+        num_rows = _round_up(max(slots) + 1, self._row_tile)
+        num_keys = min(_round_up(max(positions) + 1, KEY_TILE), self._max_context)
+        inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
         index = torch.tensor(slots)
+        inputs[0, index] = torch.tensor(tokens)
+        inputs[1, index] = torch.tensor(positions)
+        inputs[2, : len(slots)] = index
+        ids_R, positions_R, index_on_device = inputs.to(self._every_row.device)
+        for layer in self._layers:
+            layer.write_tokens(self._every_row[:num_rows], positions_R, num_keys)
+        visible = torch.arange(num_keys, device=positions_R.device) <= positions_R[:, None]
+        mask = self._mask(visible[:, None, None])
+        with _recording(self._recorder) as tape:
+            logits_RV = self._forward(ids_R[:, None], positions_R[:, None], mask)
         routing = None if self._recorder is None else tape.rows(index)
-        return logits_RV[index.to(device)], routing
+        return logits_RV[index_on_device[: len(slots)]], routing
+
+    def worth_moving(self, highest: int, active: int) -> bool:
+        return _round_up(highest + 1, self._row_tile) > _round_up(active, self._row_tile)
 
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self._layers:
@@ -174,17 +181,17 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.num_slots, self.max_context = num_slots, max_context
         self._prefill: tuple[Tensor, Tensor] | None = None
-        self._positions_R: Tensor | None = None
+        self._tokens: tuple[Tensor, Tensor] | None = None
         self._num_keys = 0
         self._rectangles: tuple[Tensor, Tensor] | None = None
 
     def write_rows(self, rows: Tensor, slots: Tensor) -> None:
         """Next: row `rows[i]` of the batch goes to slot `slots[i]`, from position 0."""
-        self._prefill, self._positions_R = (rows, slots), None
+        self._prefill, self._tokens = (rows, slots), None
 
-    def write_tokens(self, positions_R: Tensor, num_keys: int) -> None:
+    def write_tokens(self, rows_R: Tensor, positions_R: Tensor, num_keys: int) -> None:
         """Next: one token for each of the first R slots; attention sees `num_keys` positions."""
-        self._prefill, self._positions_R, self._num_keys = None, positions_R, num_keys
+        self._prefill, self._tokens, self._num_keys = None, (rows_R, positions_R), num_keys
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -197,12 +204,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             keys[slots, :, :width] = key_states[rows, :, :width]
             values[slots, :, :width] = value_states[rows, :, :width]
             return key_states, value_states
-        assert self._positions_R is not None
-        num_rows = key_states.shape[0]
+        assert self._tokens is not None
+        rows_R, positions_R = self._tokens
+        num_rows = rows_R.shape[0]
         keys, values = self._reserve(key_states, value_states, self._num_keys)
-        rows_R = torch.arange(num_rows, device=key_states.device)
-        keys[rows_R, :, self._positions_R] = key_states[:, :, 0]
-        values[rows_R, :, self._positions_R] = value_states[:, :, 0]
+        keys[rows_R, :, positions_R] = key_states[:, :, 0]
+        values[rows_R, :, positions_R] = value_states[:, :, 0]
         return keys[:num_rows, :, : self._num_keys], values[:num_rows, :, : self._num_keys]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -276,6 +283,9 @@ class RequestMemory:
             logits.append(last_V)
             routing += [] if tape is None else [tape]
         return torch.stack(logits), RoutingTape.cat(routing) if routing else None
+
+    def worth_moving(self, highest: int, active: int) -> bool:
+        return False  # a step costs what is active, wherever it is
 
     def move(self, source: int, target: int, length: int) -> None:
         self._caches[target] = self._caches.pop(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import threading
 import traceback
@@ -25,6 +26,7 @@ from miles.errors import (
     EmptyBatchError,
     EngineError,
     MissingExtraError,
+    NonFiniteError,
     PromptTooLongError,
     SettingError,
     StopTokenError,
@@ -158,6 +160,7 @@ class HFEngine:
             stop=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._eos),
             draws=_Draws(params.seed),
+            num_generated=sample.num_response_tokens,
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
         with self._changed:
@@ -269,7 +272,7 @@ class HFEngine:
             logits_RV, routing = self._memory.decode(slots, tokens, positions)
             if routing is not None:
                 for row, request in enumerate(running):
-                    request.routing.append(routing[row : row + 1])
+                    request.routing.append((routing, row))
             finished += self._sample(running, logits_RV)
         return finished
 
@@ -293,7 +296,7 @@ class HFEngine:
         for index, group in enumerate(groups):
             for request in group:
                 if routing is not None:
-                    request.routing.append(routing[index][self._held_rows(request.sample) :])
+                    request.prompt_routing = routing[index][self._held_rows(request.sample) :]
         rows = [index for index, group in enumerate(groups) for _ in group]
         return self._sample([r for group in groups for r in group], logits_UV[rows])
 
@@ -310,23 +313,29 @@ class HFEngine:
 
     def _sample(self, requests: list[_Request], logits_RV: Tensor) -> list[_Request]:
         temperatures = [r.params.temperature for r in requests]
-        draws = [r.draws[len(r.sample.response_tokens)] for r in requests]
+        draws = [r.draws[r.num_generated] for r in requests]
         tokens, logprobs = _draw(logits_RV, temperatures, draws)
+        if not all(map(math.isfinite, logprobs)):
+            raise NonFiniteError(
+                "the model's logits are NaN or infinite; look at the weights of version "
+                f"{self._version}"
+            )
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            sample = request.sample
-            sample.append([token], logprobs=[logprob], weight_version=self._version)
+            request.sample._append_sampled(token, logprob, self._version)
+            request.num_generated += 1
             if token in request.stop:
                 request.ending = (Status.COMPLETED, "stop")
             elif (
-                len(sample.response_tokens) >= request.params.max_new_tokens
-                or len(sample.tokens) >= self._max_context
+                request.num_generated >= request.params.max_new_tokens
+                or len(request.sample.tokens) >= self._max_context
             ):
                 request.ending = (Status.TRUNCATED, "length")
         return [request for request in requests if request.ended]
 
     def _compact(self) -> None:
         """Move requests from high slots to free low ones, so that a step runs few rows."""
-        while self._free and self._active and (top := max(self._active)) > (low := self._free[-1]):
+        while self._free and self._memory.worth_moving(top := max(self._active), len(self._active)):
+            low = self._free[-1]
             request = self._active.pop(top)
             self._memory.move(top, low, len(request.sample.tokens))
             self._free[-1] = top
@@ -345,9 +354,10 @@ class HFEngine:
         sample = request.sample
         sample.status = status
         sample.metadata["finish_reason"] = reason
-        if self._recorder is not None and request.routing:
+        if request.prompt_routing is not None:
             kept = [] if sample.routing is None else [sample.routing]
-            sample.routing = RoutingTape.cat([*kept, *request.routing])
+            steps = [tape[row : row + 1] for tape, row in request.routing]
+            sample.routing = RoutingTape.cat([*kept, request.prompt_routing, *steps])
         if request.future.set_running_or_notify_cancel():
             request.future.set_result(sample)
 
@@ -372,9 +382,9 @@ class HFEngine:
                 f"the prompt has {len(sample.tokens)} tokens and the context {self._max_context}; "
                 "expected room for at least one more; shorten it, or raise max_context"
             )
-        if len(sample.response_tokens) >= params.max_new_tokens:
+        if sample.num_response_tokens >= params.max_new_tokens:
             raise SettingError(
-                f"the sample to resume has {len(sample.response_tokens)} generated tokens and "
+                f"the sample to resume has {sample.num_response_tokens} generated tokens and "
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
         self._check_stop_tokens(params.stop_token_ids)
@@ -397,9 +407,11 @@ class _Request:
     params: SamplingParams
     stop: frozenset[int]
     draws: _Draws
+    num_generated: int
     slot: int = -1
     ending: tuple[Status, str] = (Status.PENDING, "")
-    routing: list[RoutingTape] = field(default_factory=list)
+    prompt_routing: RoutingTape | None = None
+    routing: list[tuple[RoutingTape, int]] = field(default_factory=list)
     future: Future[Sample] = field(default_factory=Future)
 
     @property

@@ -136,6 +136,11 @@ class Sample:
         return self.spans[0].start if self.spans else len(self.tokens)
 
     @property
+    def num_response_tokens(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
     def response_tokens(self) -> list[int]:
         """Everything after the prompt."""
         return self.tokens[self.num_prompt_tokens :]
@@ -175,17 +180,27 @@ class Sample:
                 "expected as many of each"
             )
         _check_logprobs(mask, values, offset=len(self.tokens))
-        start = len(self.tokens)
         self.tokens.extend(int(token) for token in tokens)
         self.loss_mask.extend(mask)
         self.rollout_logprobs.extend(values)
-        if weight_version is None or not count:
-            return
+        if weight_version is not None and count:
+            self._extend_span(count, weight_version)
+
+    def _append_sampled(self, token: int, logprob: float, weight_version: int) -> None:
+        """`append` for an engine's inner loop, which has checked the log-prob."""
+        self.tokens.append(token)
+        self.loss_mask.append(True)
+        self.rollout_logprobs.append(logprob)
+        self._extend_span(1, weight_version)
+
+    def _extend_span(self, count: int, weight_version: int) -> None:
+        """Say which weights the last `count` tokens came from."""
+        end = len(self.tokens)
         last = self.spans[-1] if self.spans else None
-        if last is not None and last.end == start and last.weight_version == weight_version:
-            self.spans[-1] = Span(last.start, start + count, weight_version)
+        if last is not None and last.end == end - count and last.weight_version == weight_version:
+            self.spans[-1] = Span(last.start, end, weight_version)
         else:
-            self.spans.append(Span(start, start + count, weight_version))
+            self.spans.append(Span(end - count, end, weight_version))
 
     def check(self) -> None:
         """Raise unless everything is aligned and complete; for samples that came from elsewhere."""
