@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     """Decides initial weights, problems and every sampled token."""
 
-    num_steps: int = 140
+    num_steps: int = 200
     """Rollout-and-train steps."""
     num_prompts: int = 256
     """Prompts per step."""
@@ -69,7 +69,7 @@ class Config:
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained on."""
 
-    warmup_steps: int = 95
+    warmup_steps: int = 90
     """Supervised steps before RL, to have some right answers to reinforce."""
     warmup_learning_rate: float = 3e-3
     """AdamW, for the warm-up."""
@@ -103,7 +103,7 @@ class Config:
     """Of trainer and engine."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
     """What the functions below work on."""
 
@@ -123,8 +123,8 @@ class Run:
         return str(self.tokenizer.decode(sample.response_tokens, skip_special_tokens=True))
 
 
-def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
-    """Everything from warm-up to the last evaluation; returns the held-out accuracy."""
+def train(config: Config, task: Any, model: Any, tokenizer: Any) -> None:
+    """Everything from warm-up to the last evaluation."""
     torch.set_num_threads(2)
     checkpoints = config.out / "checkpoints"
     model.to(config.device)
@@ -139,10 +139,7 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
         shutil.rmtree(checkpoints, ignore_errors=True)
     replay = RoutingReplay(model) if config.r3 else None
     with RunLog(config.out, config, num_steps=config.num_steps, start=step) as log:
-        run = Run(
-            config=config, task=task, model=model, tokenizer=tokenizer, optimizer=optimizer,
-            replay=replay, log=log,
-        )  # fmt: skip
+        run = Run(config, task, model, tokenizer, optimizer, replay, log)
         if config.resume:
             log.say(f"resumed at step {step}")
         else:
@@ -158,7 +155,8 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
         with closing(run.rollouts):
             run.rollouts.sync(step)
             if step == 0:
-                log.say(f"held-out accuracy before RL: {evaluate(run, step):.2f}")
+                log.start_accuracy = evaluate(run, step)
+                log.say(f"held-out accuracy before RL: {log.start_accuracy:.2f}")
             while step < config.num_steps and not log.stopped:
                 step = train_step(run, step)
                 if step % config.checkpoint_every == 0 or step == config.num_steps or log.stopped:
@@ -166,10 +164,8 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> float:
             log.plot()
             if step < config.num_steps:
                 log.say(f"stopped at step {step}; --resume goes on from there")
-                return float("nan")
-            accuracy = evaluate(run, step)
-            log.say(f"held-out accuracy after RL: {accuracy:.2f}")
-            return accuracy
+            else:
+                log.say(f"held-out accuracy after RL: {evaluate(run, step):.2f}")
 
 
 def train_step(run: Run, step: int) -> int:
@@ -190,8 +186,14 @@ def train_step(run: Run, step: int) -> int:
     group_ids_S = torch.arange(len(samples), device=config.device) // n
     advantages_S = group_advantages(rewards_S, group_ids_S)
 
+    # A group of equal rewards teaches nothing: its advantages, and so its gradient, are exactly 0.
+    useful = advantages_S.nonzero().flatten().cpu()
+    if not len(useful):
+        useful = torch.arange(len(samples))
+    size = min(config.micro_batch_size, -(-len(useful) // config.num_updates))
+    chunks = useful.split(size)
+
     # The trainer's own log-probs before the first update, and weights for the gap to the engine's.
-    chunks = torch.arange(len(samples)).split(config.micro_batch_size)
     micros = [collate([samples[i] for i in chunk]).to(config.device) for chunk in chunks]
     with torch.no_grad():
         old = [forward(run, micro) for micro in micros]
@@ -237,6 +239,7 @@ def train_step(run: Run, step: int) -> int:
         "loss": torch.stack(losses).sum().item() / len(norms),
         "grad_norm": torch.stack(norms).mean().item(),
         "response_tokens": num_tokens / len(samples),
+        "useful": len(useful) / len(samples),
         **{name: value.item() for name, value in (readings | reduce_metrics(metrics)).items()},
         "time/sample": sampled - began,
         "time/train": trained - sampled,

@@ -31,13 +31,13 @@ class SmolConfig(Config):
 
     out: Path = Path("runs/smollm2")
     """Folder of the run."""
-    num_steps: int = 150
+    num_steps: int = 200
     """Rollout-and-train steps."""
     num_prompts: int = 32
     """Prompts per step."""
     num_updates: int = 2
     """Optimizer steps made of one rollout; each takes its share of the samples."""
-    num_epochs: int = 1
+    num_epochs: int = 2
     """Passes over one rollout."""
     micro_batch_size: int = 64
     """Samples per forward pass."""
@@ -45,7 +45,7 @@ class SmolConfig(Config):
     """Longest answer, in tokens."""
     warmup_steps: int = 0
     """The model comes trained."""
-    learning_rate: float = 5e-6
+    learning_rate: float = 2e-5
     """AdamW; falls linearly to a tenth."""
     weight_decay: float = 0.0
     """AdamW."""

@@ -35,6 +35,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Any, *, num_steps: int, start: int = 0) -> None:
         self.stopped = False
+        self.start_accuracy: float | None = None
         self._folder, self._console = folder, Console()
         folder.mkdir(parents=True, exist_ok=True)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
@@ -76,6 +77,8 @@ class RunLog:
 
     def step(self, row: dict[str, Any], samples: list[tuple[str, str, float]]) -> None:
         """Record one training step; `samples` are (prompt, answer, reward)."""
+        if self.start_accuracy is not None and row["step"] == 0:
+            row["held_out_before"] = self.start_accuracy
         self._rows.append(row)
         shown = [
             {"step": row["step"], "prompt": p, "answer": a, "reward": r} for p, a, r in samples
@@ -98,7 +101,8 @@ class RunLog:
         figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
         steps = [row["step"] for row in self._rows]
         axes.plot(steps, [row["reward"] for row in self._rows], label="training reward")
-        held = [(row["step"] + 1, row["held_out"]) for row in self._rows if "held_out" in row]
+        held = [(0, row["held_out_before"]) for row in self._rows if "held_out_before" in row]
+        held += [(row["step"] + 1, row["held_out"]) for row in self._rows if "held_out" in row]
         if held:
             axes.plot(*zip(*held, strict=True), "o-", label="held-out accuracy")
         axes.set(xlabel="step", ylabel="reward, accuracy", ylim=(0, 1.02))
@@ -140,19 +144,13 @@ def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, optimiz
 
 def load_checkpoint(folder: Path, model: Any, optimizer: Any) -> int:
     """The newest checkpoint into `model` and `optimizer`; returns its step."""
-    from safetensors.torch import load_model
-
     found = sorted(folder.glob("step-*"))
     if not found:
         raise CheckpointError(
             f"{folder} holds no checkpoint; expected step-NNNNNN; start without --resume"
         )
-    missing, unexpected = load_model(model, found[-1] / "model.safetensors", strict=False)
-    if unexpected or any(name != "lm_head.weight" for name in missing):
-        raise CheckpointError(
-            f"{found[-1]} is another model's: missing {sorted(missing)[:4]}, unknown "
-            f"{sorted(unexpected)[:4]}"
-        )
+    saved = type(model).from_pretrained(found[-1], dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
     state = torch.load(found[-1] / "trainer.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])

@@ -21,6 +21,8 @@ from miles.rollout.sample import Sample, SamplingParams
 
 __all__ = ["EngineProcess"]
 
+CLOSE_SECONDS = 5.0
+
 
 class EngineProcess:
     """A `RolloutEngine` whose model lives in a child process.
@@ -131,7 +133,10 @@ class EngineProcess:
         await asyncio.wrap_future(self._call(Message(next(self._ids), "resume")))
 
     def close(self) -> None:
-        """End the child."""
+        """End the child; one that does not react is killed."""
+        if self.alive:
+            self._call(Message(next(self._ids), "close"))
+            self._process.join(CLOSE_SECONDS)
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -199,6 +204,8 @@ def _serve(pipe: Connection, factory: Callable[..., HFEngine], args: tuple[Any, 
         try:
             request = _wire.decode(pipe.recv_bytes())
         except EOFError:
+            return
+        if request.op == "close":
             return
         try:
             _handle(engine, request, answer)
