@@ -132,10 +132,8 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> None:
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
         weight_decay=config.weight_decay,
     )  # fmt: skip
-    step = 0
-    if config.resume:
-        step = load_checkpoint(checkpoints, model, optimizer)
-    else:
+    step = load_checkpoint(checkpoints, model, optimizer) if config.resume else 0
+    if not config.resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     replay = RoutingReplay(model) if config.r3 else None
     with RunLog(config.out, config, num_steps=config.num_steps, start=step) as log:
@@ -255,19 +253,16 @@ def train_step(run: Run, step: int) -> int:
 
 def forward(run: Run, batch: TrainBatch) -> Tensor:
     """Log-probs of the batch's targets, through the experts that the engine chose if R3 is on."""
-    with replaying(run, batch):
+    replaying: Any = nullcontext()
+    if run.replay is not None:
+        replaying = run.replay.replay(batch.routing, required_N=batch.routing_required_T)
+    with replaying:
         logits_BLV = run.model(
             input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
         ).logits
     return token_logprobs(
         logits_BLV.flatten(0, 1), batch.targets_T, temperature=run.config.temperature
     )
-
-
-def replaying(run: Run, batch: TrainBatch) -> Any:
-    if run.replay is None or batch.routing is None:
-        return nullcontext()
-    return run.replay.replay(batch.routing, required_N=batch.routing_required_T)
 
 
 def sample(
@@ -281,7 +276,7 @@ def sample(
             prompts[problem.prompt],
             SamplingParams(
                 max_new_tokens=run.config.max_new_tokens, temperature=temperature,
-                seed=run.config.seed + seed + index,
+                seed=run.config.seed * 10**12 + seed + index,
             ),
         )
         for index, problem in enumerate(problems)

@@ -141,7 +141,7 @@ class RoutingReplay:
     @contextlib.contextmanager
     def replay(
         self,
-        tape: RoutingTape,
+        tape: RoutingTape | None,
         invalid: Literal["raise", "natural"] = "raise",
         *,
         required_N: Tensor | None = None,
@@ -149,7 +149,8 @@ class RoutingReplay:
         """Force the experts of `tape` in every forward pass inside.
 
         Args:
-            tape: one row for each token of the forward pass, padding included.
+            tape: one row for each token of the forward pass, padding included (None, what `collate`
+                gives for samples without routing, is refused).
             invalid: what to do where a row was not recorded: raise, or let the router choose.
             required_N: bool `[N]`, rows that must be recorded under `invalid="raise"`; the others
                 (padding, the last token of a sequence) fall back to the router. All, by default.
@@ -160,6 +161,11 @@ class RoutingReplay:
         """
         if invalid not in ("raise", "natural"):
             raise SettingError(f"invalid is {invalid!r}; expected 'raise' or 'natural'")
+        if tape is None:
+            raise RoutingError(
+                "got no tape; expected the routing of every sample; have the engine record it "
+                "(HFEngine(..., record_routing=True)), or train without replay"
+            )
         self._check_tape(tape, invalid, required_N)
         device = next(self._model.parameters()).device
         ids = tape.expert_ids.to(device=device, dtype=torch.int64)
