@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs bench notebooks
+.PHONY: demo test check docs bench
 
 demo: .venv/examples
 	$(BIN)/python examples/grpo_loop.py --out runs/demo

@@ -10,7 +10,7 @@ in the trainer, TIS weighs each token by how far the two disagree, and after eve
 weights go to the engine through shared memory.
 
 Expected: `held-out accuracy before RL: 0.3x`, and at the end `held-out accuracy after RL: 0.9x`.
-In `--out`: metrics.jsonl, samples.jsonl, config.json, reward.png, and checkpoints in HF format.
+In `--out`: metrics.jsonl, samples.jsonl, config.json, reward.png, checkpoints in HF format.
 """
 
 from __future__ import annotations
@@ -170,9 +170,7 @@ def train_step(run: Run, step: int) -> int:
     """Sample, score, correct, update, sync: the engine goes from version `step` to `step + 1`."""
     config, n = run.config, run.config.num_samples_per_prompt
     began = time.perf_counter()
-    problems = [
-        problem for problem in run.task.training(config.num_prompts, step) for _ in range(n)
-    ]
+    problems = [p for p in run.task.training(config.num_prompts, step) for _ in range(n)]
     samples = sample(run, problems, step, temperature=config.temperature, seed=step * 1_000_000)
     sampled = time.perf_counter()
 
@@ -184,12 +182,14 @@ def train_step(run: Run, step: int) -> int:
     group_ids_S = torch.arange(len(samples), device=config.device) // n
     advantages_S = group_advantages(rewards_S, group_ids_S)
 
-    # A group of equal rewards teaches nothing: its advantages, and so its gradient, are exactly 0.
+    # An advantage of exactly 0 (a group of equal rewards) has no gradient: train on the others
+    # only, and average over those, as DAPO's dynamic sampling does.
     useful = advantages_S.nonzero().flatten().cpu()
-    if not len(useful):
-        useful = torch.arange(len(samples))
-    size = min(config.micro_batch_size, -(-len(useful) // config.num_updates))
-    chunks = useful.split(size)
+    share_useful = len(useful) / len(samples)
+    useful = useful if len(useful) else torch.arange(len(samples))
+    shares = [share.split(config.micro_batch_size) for share in useful.chunk(config.num_updates)]
+    chunks = [chunk for share in shares for chunk in share]
+    updates = torch.arange(len(chunks)).split([len(share) for share in shares])
 
     # The trainer's own log-probs before the first update, and weights for the gap to the engine's.
     micros = [collate([samples[i] for i in chunk]).to(config.device) for chunk in chunks]
@@ -211,7 +211,7 @@ def train_step(run: Run, step: int) -> int:
             config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.9 * step / config.num_steps)
         )
     metrics, losses, norms = [], [], []
-    for update in torch.arange(len(micros)).chunk(config.num_updates) * config.num_epochs:
+    for update in updates * config.num_epochs:
         denominators = count([micros[k].packed for k in update])
         run.optimizer.zero_grad()
         for k in update:
@@ -237,7 +237,7 @@ def train_step(run: Run, step: int) -> int:
         "loss": torch.stack(losses).sum().item() / len(norms),
         "grad_norm": torch.stack(norms).mean().item(),
         "response_tokens": num_tokens / len(samples),
-        "useful": len(useful) / len(samples),
+        "useful": share_useful,
         **{name: value.item() for name, value in (readings | reduce_metrics(metrics)).items()},
         "time/sample": sampled - began,
         "time/train": trained - sampled,

@@ -67,7 +67,7 @@ class Rollouts:
             try:
                 return self._syncer.push(self._model.state_dict().items(), version=version).seconds
             except SyncError as error:
-                if attempt == 2 or self._engine.alive:
+                if attempt == 2 or not self._engine_died():
                     raise
                 self._restart(error)
         raise AssertionError("unreachable")
@@ -99,6 +99,12 @@ class Rollouts:
         self._syncer.close()
         self._engine.close()
         self._folder.cleanup()
+
+    def _engine_died(self) -> bool:
+        try:
+            return self._engine.weight_version < 0
+        except EngineDiedError:
+            return True
 
     def _restart(self, error: BaseException) -> None:
         self._log.say(f"{error}\nstarting a new engine; what was finished is kept")

@@ -39,6 +39,8 @@ class RunLog:
         self._folder, self._console = folder, Console()
         folder.mkdir(parents=True, exist_ok=True)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+        if start:
+            _same_run(json.loads((folder / "config.json").read_text()), plain)
         (folder / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
         self._rows = _truncate(folder / "metrics.jsonl", start)
         _truncate(folder / "samples.jsonl", start)
@@ -156,12 +158,25 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any) -> int:
     return int(state["step"])
 
 
+def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
+    differ = [k for k in new if old.get(k) != new[k] and k not in ("out", "resume", "device")]
+    if differ:
+        texts = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in differ]
+        raise CheckpointError(
+            f"this run was started with other settings: {', '.join(texts)}; expected the same, "
+            "since only then do the numbers go on; give them again, or start a new run"
+        )
+
+
 def _truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Keep the rows before `step`: those after it are about to be made again."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have torn one
     rows = [row for row in rows if row["step"] < step]
-    path.write_text("")
-    _append(path, rows)
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    _append(partial, rows)
+    os.replace(partial, path)
     return rows
 
 

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BASE = {"packed", "errors", "protocols"}
 MAY_IMPORT = {
+    "env": BASE,
     "errors": set(),
     "packed": {"errors", "protocols"},
     "protocols": {"errors", "packed"},

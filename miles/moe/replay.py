@@ -128,6 +128,8 @@ class RoutingReplay:
         with self._intercepting(_record):
             yield tape
         layers = [torch.cat(slot.recorded) if slot.recorded else None for slot in self._slots]
+        for slot in self._slots:
+            slot.recorded.clear()
         rows = {
             slot.name: 0 if ids is None else len(ids)
             for slot, ids in zip(self._slots, layers, strict=True)

@@ -115,6 +115,8 @@ class RoutingTape:
         return self._ids.shape[0]
 
     def __getitem__(self, tokens: slice) -> RoutingTape:
+        if not isinstance(tokens, slice):
+            raise RoutingError(f"got {tokens!r}; expected a slice of tokens, such as tape[0:1]")
         holes_N = None if self._holes_N is None else self._holes_N[tokens]
         return self._of(self._ids[tokens], holes_N, self.num_experts)
 
@@ -213,7 +215,10 @@ def _same_shape(tapes: Sequence[RoutingTape]) -> RoutingTape:
 def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
     """Share of (token, layer) pairs that went to the same set of experts, in any order.
 
-    Rows that either tape did not record are left out; NaN when none is left.
+    Rows that either tape did not record are left out.
+
+    Raises:
+        RoutingError: tapes of different shape, or without a row that both recorded.
 
     >>> from miles.moe import RoutingTape, routing_agreement
     >>> a = RoutingTape(torch.tensor([[[0, 1]], [[2, 3]]]), num_experts=4)
@@ -227,6 +232,8 @@ def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
             "expected the same tokens, layers and topk"
         )
     both_N = a.recorded_N & b.recorded_N
+    if not bool(both_N.any()):
+        raise RoutingError("no row is recorded in both tapes; expected at least one to compare")
     same = a.expert_ids[both_N].sort(-1).values == b.expert_ids[both_N].sort(-1).values
     return float(same.all(-1).to(torch.float64).mean())
 

@@ -100,7 +100,8 @@ class SlotMemory:
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
     ) -> tuple[Tensor, list[RoutingTape] | None]:
         device = _device(self._model)
-        width = _round_up(max(len(prompt) for prompt in prompts), LENGTH_TILE)
+        longest = max(len(prompt) for prompt in prompts)
+        width = min(_round_up(longest, LENGTH_TILE), self._max_context)
         ids_UL = torch.zeros((len(prompts), width), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids_UL[row, : len(prompt)] = torch.tensor(prompt)
@@ -252,8 +253,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class RequestMemory:
     """A cache of the model's own kind for each request, one forward pass each.
 
-    Slower, and right for every model that transformers can generate with: sliding windows,
-    linear attention, state-space layers.
+    Slower, and right for models whose caches go by `past_key_values`: sliding windows, for one.
     """
 
     def __init__(self, model: nn.Module, recorder: RoutingReplay | None) -> None:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import itertools
 import math
-import random
 import threading
 import traceback
 import warnings
@@ -28,12 +27,14 @@ from miles.errors import (
     MissingExtraError,
     NonFiniteError,
     PromptTooLongError,
+    RoutingError,
     SettingError,
     StopTokenError,
     UnsupportedModelError,
 )
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
+from miles.rollout._sampling import Draws, draw
 from miles.rollout.sample import Sample, SamplingParams, Status
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["HFEngine"]
 
 MAX_PREFILL_TOKENS = 8192
-DRAWS = 256
 
 
 class HFEngine:
@@ -96,7 +96,11 @@ class HFEngine:
         config: Any = model.config
         text_config = config.get_text_config(decoder=True)
         self._vocab_size: int = text_config.vocab_size
-        limit: int = text_config.max_position_embeddings
+        limit: int | None = getattr(text_config, "max_position_embeddings", None) or max_context
+        if limit is None:
+            raise SettingError(
+                f"{type(model).__name__} declares no longest context; expected max_context=..."
+            )
         self._max_context = limit if max_context is None else min(max_context, limit)
         self._eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
         self._check_stop_tokens(self._eos)
@@ -139,7 +143,8 @@ class HFEngine:
 
         Raises:
             PromptTooLongError, StopTokenError, SettingError, EmptyBatchError: see the text.
-            EngineError: the model failed; the request is lost and the engine goes on.
+            EngineError: the model failed; the requests that were running are lost and the engine
+                goes on with the next ones.
         """
         return await asyncio.wrap_future(self.submit(prompt, params, request_id=request_id))
 
@@ -159,7 +164,7 @@ class HFEngine:
             params=params,
             stop=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._eos),
-            draws=_Draws(params.seed),
+            draws=Draws(_seed(sample, params)),
             num_generated=sample.num_response_tokens,
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
@@ -180,9 +185,14 @@ class HFEngine:
     def abort_now(self, request_ids: Sequence[str] | None = None) -> None:
         """`abort` for code without an event loop."""
         with self._between_steps():
-            for request in [*self._active.values(), *self._queue]:
-                if request_ids is None or request.request_id in request_ids:
-                    self._finish(request, Status.ABORTED, "abort")
+            ended = [
+                request
+                for request in [*self._active.values(), *self._queue]
+                if request_ids is None or request.request_id in request_ids
+            ]
+            for request in ended:
+                self._release(request, Status.ABORTED, "abort")
+        _resolve(ended)
 
     async def pause(self) -> None:
         """Sample no further token until `resume`; returns when the step under way is over."""
@@ -194,11 +204,13 @@ class HFEngine:
 
     def close(self) -> None:
         """Abort everything and end the engine's thread."""
-        self.abort_now()
-        with self._changed:
+        with self._between_steps():
             self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
+            ended = [*self._active.values(), *self._queue]
+            for request in ended:
+                self._release(request, Status.ABORTED, "abort")
+        _resolve(ended)
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
     def weight_tensors(self) -> Mapping[str, Tensor]:
@@ -247,48 +259,53 @@ class HFEngine:
                 if self._closed:
                     return
                 self._stepping = True
-            finished: list[_Request] = []
+            failure = ""
             try:
                 with torch.no_grad():
-                    finished = self._step()
+                    self._step()
             except Exception:
-                self._fail_all(traceback.format_exc())
-            finally:
-                with self._changed:
-                    for request in finished:
-                        self._finish(request, *request.ending)
-                    self._stepping = False
-                    self._changed.notify_all()
+                failure = traceback.format_exc()
+            with self._changed:
+                ended = [r for r in self._active.values() if r.ended or failure]
+                for request in ended:
+                    if not request.ended:
+                        request.error = EngineError(f"the model failed:\n{failure}")
+                    self._release(request, *request.ending)
+                self._stepping = False
+                self._changed.notify_all()
+            _resolve(ended)  # last, and without the lock: callbacks may call the engine
 
-    def _step(self) -> list[_Request]:
-        """Fill free slots, then one token for every active request; returns those that ended."""
-        finished = self._admit()
+    def _step(self) -> None:
+        """Fill free slots, then one token for every active request."""
+        self._admit()
         running = [r for r in self._active.values() if not r.ended]
-        if running:
-            self._compact()
-            tokens = [r.sample.tokens[-1] for r in running]
-            positions = [len(r.sample.tokens) - 1 for r in running]
-            slots = [r.slot for r in running]
-            logits_RV, routing = self._memory.decode(slots, tokens, positions)
-            if routing is not None:
-                for row, request in enumerate(running):
-                    request.routing.append((routing, row))
-            finished += self._sample(running, logits_RV)
-        return finished
+        if not running:
+            return
+        self._compact()
+        tokens = [r.sample.tokens[-1] for r in running]
+        positions = [len(r.sample.tokens) - 1 for r in running]
+        logits_RV, routing = self._memory.decode([r.slot for r in running], tokens, positions)
+        if routing is not None:
+            for row, request in enumerate(running):
+                request.routing.append((routing, row))
+        self._sample(running, logits_RV)
 
-    def _admit(self) -> list[_Request]:
+    def _admit(self) -> None:
         prompts: dict[tuple[int, ...], list[_Request]] = {}
-        budget = MAX_PREFILL_TOKENS
+        width = 0
         with self._changed:
-            while self._queue and self._free and (budget > 0 or not prompts):
+            while self._queue and self._free:
+                prompt = tuple(self._queue[0].sample.tokens)
+                width = max(width, len(prompt))
+                num_prompts = len(prompts) + (prompt not in prompts)
+                if prompts and num_prompts * width > MAX_PREFILL_TOKENS:
+                    break
                 request = self._queue.popleft()
                 request.slot = self._free.pop()
                 self._active[request.slot] = request
-                prompt = tuple(request.sample.tokens)
-                budget -= 0 if prompt in prompts else len(prompt)
                 prompts.setdefault(prompt, []).append(request)
         if not prompts:
-            return []
+            return
         groups = list(prompts.values())
         logits_UV, routing = self._memory.prefill(
             list(prompts), [[request.slot for request in group] for group in groups]
@@ -298,7 +315,7 @@ class HFEngine:
                 if routing is not None:
                     request.prompt_routing = routing[index][self._held_rows(request.sample) :]
         rows = [index for index, group in enumerate(groups) for _ in group]
-        return self._sample([r for group in groups for r in group], logits_UV[rows])
+        self._sample([r for group in groups for r in group], logits_UV[rows])
 
     def _held_rows(self, sample: Sample) -> int:
         """Rows that a resumed sample's first pass owns: they belong to its log-probs.
@@ -311,10 +328,10 @@ class HFEngine:
             sample.routing = self._recorder.unrecorded(len(sample.tokens) - 1)
         return len(sample.routing)
 
-    def _sample(self, requests: list[_Request], logits_RV: Tensor) -> list[_Request]:
+    def _sample(self, requests: list[_Request], logits_RV: Tensor) -> None:
         temperatures = [r.params.temperature for r in requests]
         draws = [r.draws[r.num_generated] for r in requests]
-        tokens, logprobs = _draw(logits_RV, temperatures, draws)
+        tokens, logprobs = draw(logits_RV, temperatures, draws)
         if not all(map(math.isfinite, logprobs)):
             raise NonFiniteError(
                 "the model's logits are NaN or infinite; look at the weights of version "
@@ -330,7 +347,8 @@ class HFEngine:
                 or len(request.sample.tokens) >= self._max_context
             ):
                 request.ending = (Status.TRUNCATED, "length")
-        return [request for request in requests if request.ended]
+            elif request.future.cancelled():
+                request.ending = (Status.ABORTED, "cancelled")
 
     def _compact(self) -> None:
         """Move requests from high slots to free low ones, so that a step runs few rows."""
@@ -343,8 +361,9 @@ class HFEngine:
             request.slot = low
             self._active[low] = request
 
-    def _finish(self, request: _Request, status: Status, reason: str) -> None:
-        if request.slot in self._active and self._active[request.slot] is request:
+    def _release(self, request: _Request, status: Status, reason: str) -> None:
+        """Take a request out of the engine and complete its sample."""
+        if self._active.get(request.slot) is request:
             del self._active[request.slot]
             self._memory.free(request.slot)
             self._free.append(request.slot)
@@ -358,18 +377,6 @@ class HFEngine:
             kept = [] if sample.routing is None else [sample.routing]
             steps = [tape[row : row + 1] for tape, row in request.routing]
             sample.routing = RoutingTape.cat([*kept, request.prompt_routing, *steps])
-        if request.future.set_running_or_notify_cancel():
-            request.future.set_result(sample)
-
-    def _fail_all(self, reason: str) -> None:
-        with self._changed:
-            for request in list(self._active.values()):
-                del self._active[request.slot]
-                self._memory.free(request.slot)
-                self._free.append(request.slot)
-                if request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(EngineError(f"the model failed:\n{reason}"))
-            self._free.sort(reverse=True)
 
     def _check(self, sample: Sample, params: SamplingParams) -> None:
         outside = [t for t in sample.tokens if not 0 <= t < self._vocab_size]
@@ -388,6 +395,15 @@ class HFEngine:
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
         self._check_stop_tokens(params.stop_token_ids)
+        if sample.routing is not None and self._recorder is not None:
+            got = (sample.routing.num_layers, sample.routing.topk, sample.routing.num_experts)
+            model = self._recorder
+            expected = (len(model.layers), model.topk, model.num_experts)
+            if got != expected:
+                raise RoutingError(
+                    f"the sample's routing has (layers, topk, experts) {got}; expected {expected}, "
+                    "as this model; set sample.routing = None to record it anew"
+                )
 
     def _check_stop_tokens(self, tokens: Iterable[int]) -> None:
         unknown = sorted(t for t in tokens if not 0 <= t < self._vocab_size)
@@ -406,10 +422,11 @@ class _Request:
     sample: Sample
     params: SamplingParams
     stop: frozenset[int]
-    draws: _Draws
+    draws: Draws
     num_generated: int
     slot: int = -1
     ending: tuple[Status, str] = (Status.PENDING, "")
+    error: Exception | None = None
     prompt_routing: RoutingTape | None = None
     routing: list[tuple[RoutingTape, int]] = field(default_factory=list)
     future: Future[Sample] = field(default_factory=Future)
@@ -419,38 +436,22 @@ class _Request:
         return self.ending[0] is not Status.PENDING
 
 
-class _Draws:
-    """Uniform numbers of one request, by position: the same on every device, in any company."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = random.getrandbits(48) if seed is None else seed
-        self._generator = torch.Generator().manual_seed(self.seed)
-        self._values: list[float] = []
-
-    def __getitem__(self, position: int) -> float:
-        while len(self._values) <= position:
-            block = torch.rand(DRAWS, generator=self._generator, dtype=torch.float64)
-            self._values += block.tolist()
-        return self._values[position]
+def _resolve(requests: list[_Request]) -> None:
+    for request in requests:
+        if not request.future.set_running_or_notify_cancel():
+            continue
+        if request.error is not None:
+            request.future.set_exception(request.error)
+        else:
+            request.future.set_result(request.sample)
 
 
-def _draw(
-    logits_RV: Tensor, temperatures: list[float], draws: list[float]
-) -> tuple[list[int], list[float]]:
-    """One token a row by inverting the distribution function, and its log-prob."""
-    device = logits_RV.device
-    temperature_R1 = torch.tensor([t or 1.0 for t in temperatures], device=device)[:, None]
-    logprobs_RV = (logits_RV.float() / temperature_R1).log_softmax(-1)
-    cdf_RV = logprobs_RV.double().exp().cumsum(-1)
-    total_R1 = cdf_RV[:, -1:]
-    draw_R1 = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * total_R1
-    draw_R1 = torch.minimum(draw_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
-    tokens_R1 = torch.searchsorted(cdf_RV, draw_R1, right=True)
-    if not all(temperatures):
-        greedy_R1 = torch.tensor([t == 0 for t in temperatures], device=device)[:, None]
-        tokens_R1 = torch.where(greedy_R1, logprobs_RV.argmax(-1, keepdim=True), tokens_R1)
-    tokens_R1 = tokens_R1.clamp(max=logits_RV.shape[1] - 1)
-    return tokens_R1[:, 0].tolist(), logprobs_RV.gather(-1, tokens_R1)[:, 0].tolist()
+def _seed(sample: Sample, params: SamplingParams) -> int | None:
+    """A resumed sample goes on with the draws it began with, unless told otherwise."""
+    if params.seed is None and sample.spans:
+        seed: int | None = sample.metadata.get("seed")
+        return seed
+    return params.seed
 
 
 def _new_sample(prompt: Sequence[int]) -> Sample:

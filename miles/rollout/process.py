@@ -87,10 +87,12 @@ class EngineProcess:
         try:
             if ours.poll(self._start_timeout):
                 ready = _wire.decode(ours.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             ready = Message(-1, "the process ended")
         if ready.op != "ready":
             self._process.kill()
+            self._process.join()
+            ours.close()
             detail = ready.error[1] if ready.error else f"{ready.op} within {self._start_timeout} s"
             raise EngineError(f"the engine did not start: {detail}")
         threading.Thread(target=self._read, args=(ours, self._process), daemon=True).start()
@@ -159,9 +161,12 @@ class EngineProcess:
         while True:
             try:
                 answer = _wire.decode(pipe.recv_bytes())
+                future = self._waiting.pop(answer.id)
             except (EOFError, OSError):
                 break
-            future = self._waiting.pop(answer.id)
+            except Exception:  # not our protocol: the child cannot be trusted any more
+                process.kill()
+                break
             if not future.set_running_or_notify_cancel():
                 continue
             if answer.error is not None:

@@ -222,13 +222,10 @@ class Sample:
                     f"{end}; expected spans in order, within the tokens, without overlap"
                 )
             end = span.end
-        if self.routing is not None and len(self.routing) not in (
-            len(self.tokens) - 1,
-            len(self.tokens),
-        ):
+        if self.routing is not None and len(self.routing) > len(self.tokens):
             raise RoutingError(
                 f"the routing has {len(self.routing)} rows for {len(self.tokens)} tokens; expected "
-                f"{len(self.tokens) - 1} (the last token is not processed) or {len(self.tokens)}"
+                "at most one a token (fewer: the rest was not processed yet)"
             )
 
     def copy(self) -> Sample:

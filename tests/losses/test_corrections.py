@@ -205,12 +205,12 @@ def test_a_missing_logprob_names_position_sequence_and_source(which):
     }
     inputs[which][3] = torch.nan
     with pytest.raises(
-        MissingLogprobError, match=rf"position 3 \(sequence 1\) in {which}; expected"
+        MissingLogprobError, match=rf"position 3 \(sequence 1\), in {which}; expected"
     ):
         importance_weights(*inputs.values(), packed, weight=TRUNCATE)
 
 
-def test_split_gives_each_micro_batch_its_part_and_the_metrics_once():
+def test_split_gives_each_micro_batch_its_part():
     step = random_step()
     whole = truncated_is(step.old_T, step.rollout_T, step.packed)
     lengths = [3, 0, step.packed.num_positions - 3]
@@ -218,7 +218,7 @@ def test_split_gives_each_micro_batch_its_part_and_the_metrics_once():
     assert [len(part.keep_T) for part in parts] == lengths
     assert torch.equal(torch.cat([part.weights_T for part in parts]), whole.weights_T)
     assert torch.equal(torch.cat([part.keep_T for part in parts]), whole.keep_T)
-    assert [part.metrics for part in parts] == [whole.metrics, {}, {}]
+    assert all(part.metrics == {} for part in parts)  # they are the whole step's
     with pytest.raises(ShapeError, match="lengths sum to 3; expected"):
         whole.split([3])
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from miles.errors import EngineError
+from miles.errors import EngineError, RoutingError
+from miles.moe import RoutingTape
 from miles.rollout import HFEngine, Sample, Span, Status
 from tests.models import Passes, generate_all, params, serving, tiny
 
@@ -234,3 +235,60 @@ def test_weights_pushed_from_many_threads_while_it_generates_leave_it_whole():
             thread.join(60)
         samples = [future.result(60) for future in futures]
     assert all(len(s.tokens) == 53 and s.spans[-1].end == 53 for s in samples)
+
+
+def test_a_tool_turn_goes_on_with_its_routing_and_trains():
+    with serving("qwen3_moe") as engine:
+        sample = answer(engine, PROMPT, params(4, seed=1))
+        first = sample.routing.expert_ids
+        sample.append([9, 9, 9], loss_mask=False)
+        longer = answer(engine, sample, params(12, seed=1))
+    assert len(longer.routing) == len(longer.tokens) - 1
+    assert torch.equal(longer.routing.expert_ids[: len(first)], first)
+    assert longer.loss_mask[7:10] == [False] * 3 and all(longer.loss_mask[10:])
+
+
+def test_routing_of_another_model_is_refused_and_the_engine_goes_on():
+    with serving("qwen3_moe") as engine:
+        sample = answer(engine, PROMPT, params(4))
+        ids = torch.zeros(len(sample.tokens) - 1, 5, 2, dtype=torch.int64)
+        sample.routing = RoutingTape(ids, num_experts=8)
+        with pytest.raises(RoutingError, match=r"\(5, 2, 8\); expected \(2, 2, 8\)"):
+            engine.submit(sample, LONG)
+        assert answer(engine, PROMPT, params(4)).status is Status.TRUNCATED
+
+
+def test_a_callback_may_call_the_engine():
+    with serving("llama") as engine:
+        done = threading.Event()
+
+        def back(_: object) -> None:
+            engine.abort_now()
+            engine.commit_weights(others_of(engine, "llama"), version=9)
+            done.set()
+
+        engine.submit(PROMPT, params(3)).add_done_callback(back)
+        assert done.wait(30) and engine.weight_version == 9
+
+
+def test_a_resumed_sample_keeps_the_seed_it_drew():
+    with serving("llama") as engine:
+        first = interrupted(engine)
+        seed = first.metadata["seed"]
+        assert answer(engine, first, params(50, seed=None)).metadata["seed"] == seed
+
+
+def test_a_cancelled_request_leaves_at_the_next_step():
+    with serving("llama", max_batch=1) as engine:
+        passes = Passes(engine.model)
+        future = engine.submit(PROMPT, LONG)
+        passes.wait()
+        assert future.cancel()
+        answer(engine, PROMPT, params(2))
+        assert passes.count < 15
+
+
+def test_a_prompt_near_the_context_and_a_long_one_among_short_ones():
+    with serving(tiny("llama"), max_batch=8, max_context=20) as engine:
+        samples = generate_all(engine, [list(range(18)), [1], [2, 3]], params(9, temperature=0.0))
+    assert [len(s.tokens) for s in samples] == [20, 10, 11]
