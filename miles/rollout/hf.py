@@ -165,7 +165,7 @@ class HFEngine:
             stop=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._eos),
             draws=Draws(_seed(sample, params)),
-            num_generated=sample.num_response_tokens,
+            num_generated=sample.num_generated_tokens,
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
         with self._changed:
@@ -389,9 +389,9 @@ class HFEngine:
                 f"the prompt has {len(sample.tokens)} tokens and the context {self._max_context}; "
                 "expected room for at least one more; shorten it, or raise max_context"
             )
-        if sample.num_response_tokens >= params.max_new_tokens:
+        if sample.num_generated_tokens >= params.max_new_tokens:
             raise SettingError(
-                f"the sample to resume has {sample.num_response_tokens} generated tokens and "
+                f"the sample to resume has {sample.num_generated_tokens} generated tokens and "
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
         self._check_stop_tokens(params.stop_token_ids)

@@ -136,9 +136,9 @@ class Sample:
         return self.spans[0].start if self.spans else len(self.tokens)
 
     @property
-    def num_response_tokens(self) -> int:
-        """Tokens after the prompt."""
-        return len(self.tokens) - self.num_prompt_tokens
+    def num_generated_tokens(self) -> int:
+        """Tokens that a policy generated, tool output not among them."""
+        return sum(span.end - span.start for span in self.spans)
 
     @property
     def response_tokens(self) -> list[int]:

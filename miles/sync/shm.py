@@ -11,6 +11,7 @@ leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -55,7 +56,8 @@ class SharedMemorySyncer:
 
         Raises:
             SyncError: names what went wrong, at which tensor; the engine serves what it served
-                before (or is gone), and the same push can be made again.
+                before, or is gone, and the same push can be made again. (If only the answer was
+                late, the engine may already serve the new version; pushing again settles it.)
         """
         start = time.perf_counter()
         try:
@@ -63,10 +65,13 @@ class SharedMemorySyncer:
                 self._session = _Session(self._address, self._timeout)
             return self._session.push(weights, version, start)
         except OSError as error:
+            reached = self._session is not None
             self.close()
+            what = "the receiver went away" if reached else "no receiver answers"
             raise SyncError(
-                f"the receiver at {self._address} went away while version {version} was pushed "
-                f"({type(error).__name__}: {error}); restart the engine and push again"
+                f"{what} at {self._address}, so version {version} was not pushed "
+                f"({type(error).__name__}: {error}); expected a SharedMemoryReceiver there; start "
+                "the engine (again) and push again"
             ) from error
 
     def close(self) -> None:
@@ -103,16 +108,27 @@ class SharedMemoryReceiver:
 
     def __init__(self, target: WeightTarget, address: str | Path) -> None:
         self._target = target
-        Path(address).unlink(missing_ok=True)
+        self._address = Path(address)
+        self._address.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(address))
         os.chmod(address, 0o600)
         self._listener.listen(1)
         threading.Thread(target=self._serve, name="weight-receiver", daemon=True).start()
 
+    def close(self) -> None:
+        """Listen no more; what was committed stays."""
+        with contextlib.suppress(OSError):  # ends the accept under way
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._address.unlink(missing_ok=True)
+
     def _serve(self) -> None:
         while True:
-            connection, _ = self._listener.accept()
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
             with connection:
                 try:
                     self._serve_one(connection)

@@ -245,7 +245,7 @@ def test_a_tool_turn_goes_on_with_its_routing_and_trains():
         longer = answer(engine, sample, params(12, seed=1))
     assert len(longer.routing) == len(longer.tokens) - 1
     assert torch.equal(longer.routing.expert_ids[: len(first)], first)
-    assert longer.loss_mask[7:10] == [False] * 3 and all(longer.loss_mask[10:])
+    assert longer.loss_mask[7:10] == [False] * 3 and longer.loss_mask[10:] == [True] * 8
 
 
 def test_routing_of_another_model_is_refused_and_the_engine_goes_on():

@@ -184,15 +184,23 @@ def test_only_this_user_reaches_the_socket(target, address):
 
 
 def test_nobody_at_the_address_is_an_error_that_says_so(address):
-    with pytest.raises(SyncError, match=r"weights went away.*restart the engine and push again"):
+    with pytest.raises(SyncError, match=r"no receiver answers at .*weights.*push again"):
         SharedMemorySyncer(address).push(random_tensors(1).items(), version=1)
+
+
+def test_a_closed_receiver_listens_no_more(target, address):
+    receiver = SharedMemoryReceiver(target, address.with_name("other"))
+    receiver.close()
+    assert not address.with_name("other").exists()
+    with pytest.raises(SyncError, match="no receiver answers"):
+        SharedMemorySyncer(address.with_name("other")).push([], version=1)
 
 
 def test_a_receiver_that_does_not_answer_in_time_is_an_error(address):
     target = Target(commit_seconds=0.5)
     SharedMemoryReceiver(target, address)
     syncer = SharedMemorySyncer(address, timeout=0.1)
-    with pytest.raises(SyncError, match="version 1 was pushed"):
+    with pytest.raises(SyncError, match="version 1 was not pushed"):
         syncer.push(random_tensors(1).items(), version=1)
     patient = SharedMemorySyncer(address, timeout=30)
     patient.push(random_tensors(1).items(), version=1)
@@ -214,7 +222,7 @@ def test_a_receiver_killed_during_a_push_is_an_error_and_its_successor_is_served
     syncer = SharedMemorySyncer(address, timeout=30)
     timer = threading.Timer(0.3, os.kill, (child.pid, signal.SIGKILL))
     timer.start()
-    with pytest.raises(SyncError, match="went away while version 1 was pushed"):
+    with pytest.raises(SyncError, match=r"receiver went away at .*version 1 was not pushed"):
         syncer.push(random_tensors(1).items(), version=1)
     child.join()
     child = start(commit_seconds=0)
