@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     """Decides initial weights, problems and every sampled token."""
 
-    num_steps: int = 220
+    num_steps: int = 180
     """Rollout-and-train steps."""
     num_prompts: int = 256
     """Prompts per step."""
@@ -73,8 +73,8 @@ class Config:
     """Supervised steps before RL, to have some right answers to reinforce."""
     warmup_learning_rate: float = 3e-3
     """AdamW, for the warm-up."""
-    learning_rate: float = 5e-4
-    """AdamW, for RL; falls linearly to near 0."""
+    learning_rate: float = 7e-4
+    """AdamW, for RL; falls linearly to a tenth."""
     weight_decay: float = 0.1
     """AdamW, for RL."""
     max_grad_norm: float = 1.0
@@ -208,7 +208,7 @@ def train_step(run: Run, step: int) -> int:
     run.log.phase("training", len(micros))
     for group in run.optimizer.param_groups:
         group["lr"] = (
-            config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.98 * step / config.num_steps)
+            config.learning_rate * min(1, (step + 1) / 10) * (1 - 0.9 * step / config.num_steps)
         )
     metrics, losses, norms = [], [], []
     for update in updates * config.num_epochs:
