@@ -17,6 +17,7 @@ import datetime
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Config:
     """CPU threads of both."""
     out: Path = Path("benchmarks/results/engine_throughput.csv")
     """The CSV; rows are appended."""
+    commit: str = ""
+    """What was measured; asked of git where that is left out."""
 
 
 def build(name: str) -> Any:
@@ -120,6 +123,12 @@ def main(config: Config) -> None:
     report(config, dtype, sum(lengths), seconds)
 
 
+def current_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
+
+
 def report(
     config: Config, dtype: torch.dtype, num_tokens: int, seconds: dict[str, list[float]]
 ) -> None:
@@ -133,6 +142,7 @@ def report(
         "date": datetime.date.today().isoformat(), "hardware": hardware, "torch": torch.__version__,
         "transformers": transformers.__version__, "model": config.model, "dtype": str(dtype),
         "requests": config.num_requests, "tokens": num_tokens,
+        "commit": config.commit or current_commit(),
     }  # fmt: skip
     base = statistics.median(seconds["transformers.generate"])
     print(f"{config.model}, {hardware}, {num_tokens} tokens of {config.num_requests} requests")

@@ -138,7 +138,8 @@ PARAMETERS = {
     "miles.rollout.SamplingParams": "* max_new_tokens temperature stop_token_ids ignore_eos seed",
     "miles.rollout.collate": "samples * group_ids pad_token_id pad_to_multiple_of",
     "miles.rollout.HFEngine": (
-        "model * max_batch max_context eos_token_ids record_routing weight_version row_tile"
+        "model * max_batch max_context eos_token_ids record_routing weight_version row_tile "
+        "cuda_graphs"
     ),
     "miles.rollout.EngineProcess": "factory args * start_timeout",
     "miles.rollout.RolloutEngine.generate": "self prompt params * request_id",

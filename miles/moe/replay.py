@@ -123,10 +123,19 @@ class RoutingReplay:
         Several forward passes are laid end to end. A padded `[B, L]` batch gives B * L rows.
         """
         tape = self.unrecorded(0)
+        with self._record_ids() as ids:
+            yield tape
+        if ids:
+            tape._fill(ids[0])
+
+    @contextlib.contextmanager
+    def _record_ids(self) -> Iterator[list[Tensor]]:
+        """`record` into an int16 `[N, M, K]` on the model's device, without waiting for it."""
         for slot in self._slots:
             slot.recorded.clear()
+        filled: list[Tensor] = []
         with self._intercepting(_record):
-            yield tape
+            yield filled
         layers = [torch.cat(slot.recorded) if slot.recorded else None for slot in self._slots]
         for slot in self._slots:
             slot.recorded.clear()
@@ -138,7 +147,7 @@ class RoutingReplay:
             raise RoutingError(f"layers recorded different numbers of tokens: {rows}")
         present = [ids for ids in layers if ids is not None]
         if present:
-            tape._fill(torch.stack(present, 1))
+            filled.append(torch.stack(present, 1))
 
     @contextlib.contextmanager
     def replay(
@@ -209,7 +218,7 @@ class RoutingReplay:
         _refuse_checkpointing(self._model)
         with contextlib.ExitStack() as stack:
             for slot in self._slots:
-                stack.enter_context(_wrapped_forward(slot, handle))
+                stack.callback(_Forward(slot, handle).leave)
             yield
 
 
@@ -271,30 +280,43 @@ class _TopKInterceptor(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _wrapped_forward(slot: _Slot, handle: _Handler) -> Iterator[None]:
-    original = slot.module.forward
-    shadowed = slot.module.__dict__.get("forward")
+class _Forward:
+    """Stands in for a router's forward while a context is entered.
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _TopKInterceptor(slot, handle) as interceptor:
-            out = original(*args, **kwargs)
+    Contexts may be left in another order than the reverse: what was left passes everything on, and
+    is taken off as soon as it is on top.
+    """
+
+    def __init__(self, slot: _Slot, handle: _Handler) -> None:
+        self._slot, self._handle = slot, handle
+        self._below: Any = slot.module.__dict__.get("forward")
+        self._original = slot.module.forward
+        self._entered = True
+        slot.module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._entered:
+            return self._original(*args, **kwargs)
+        with _TopKInterceptor(self._slot, self._handle) as interceptor:
+            out = self._original(*args, **kwargs)
         if not interceptor.handled:
             raise RoutingError(
-                f"{slot.name} ran no topk over its {slot.num_experts} experts, so its routing can "
-                "be neither recorded nor replayed; to record during a replay, enter record() "
-                "before replay()"
+                f"{self._slot.name} ran no topk over its {self._slot.num_experts} experts, so its "
+                "routing can be neither recorded nor replayed; to record during a replay, enter "
+                "record() before replay()"
             )
         return out
 
-    slot.module.forward = forward
-    try:
-        yield
-    finally:
-        if shadowed is None:
-            del slot.module.forward
+    def leave(self) -> None:
+        self._entered = False
+        module = self._slot.module
+        top = module.__dict__.get("forward")
+        while isinstance(top, _Forward) and not top._entered:
+            top = top._below
+        if top is None:
+            module.__dict__.pop("forward", None)
         else:
-            slot.module.forward = shadowed
+            module.forward = top
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
+from miles.rollout._graph import DecodeGraphs
 
 __all__ = ["KVMemory", "RequestMemory", "SlotMemory", "supports_slots"]
 
 LENGTH_TILE = 16
 KEY_TILE = 64
+GRAPH_KEY_TILE = 256
 
 
 class KVMemory(Protocol):
@@ -52,6 +55,10 @@ class KVMemory(Protocol):
 
     def free(self, slot: int) -> None:
         """Forget what the slot holds."""
+        ...
+
+    def weights_moved(self) -> None:
+        """The model's parameters are other memory now."""
         ...
 
 
@@ -85,6 +92,7 @@ class SlotMemory:
         num_slots: int,
         max_context: int,
         row_tile: int,
+        cuda_graphs: bool,
     ) -> None:
         self._model, self._row_tile = model, row_tile
         config: Any = model.config
@@ -94,7 +102,13 @@ class SlotMemory:
         self._layers = [_SlotLayer(num_rows, max_context) for _ in range(num_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._recorder, self._max_context = recorder, max_context
-        self._every_row = torch.arange(num_rows, device=_device(model))
+        device = _device(model)
+        self._every_row = torch.arange(num_rows, device=device)
+        self._inputs = torch.zeros((3, num_rows), dtype=torch.int64, device=device)
+        self._graphs = DecodeGraphs(self._step) if device.type == "cuda" and cuda_graphs else None
+        self._graphed_keys = 0
+        # A wider tile means fewer graphs; what it adds to attention is nothing beside a launch.
+        self._key_tile = KEY_TILE if self._graphs is None else GRAPH_KEY_TILE
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
@@ -114,12 +128,14 @@ class SlotMemory:
             layer.write_rows(rows, targets)
         # Causal attention never looks right, so padding there needs no mask.
         last_U = torch.tensor(lengths, device=device) - 1
-        with _only_positions(self._model, last_U), _recording(self._recorder) as tape:
+        with _only_positions(self._model, last_U), _recording(self._recorder) as recorded:
             logits_UV = self._forward(
                 ids_UL.to(device), torch.arange(width, device=device)[None], None
             )
-        if self._recorder is None:
+        if not recorded:
             return logits_UV, None
+        tape = _tape(self._recorder, recorded)
+        assert tape is not None
         starts = range(0, len(prompts) * width, width)
         return logits_UV, [
             tape[start : start + n] for start, n in zip(starts, lengths, strict=True)
@@ -129,21 +145,34 @@ class SlotMemory:
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, RoutingTape | None]:
         num_rows = _round_up(max(slots) + 1, self._row_tile)
-        num_keys = min(_round_up(max(positions) + 1, KEY_TILE), self._max_context)
+        num_keys = min(_round_up(max(positions) + 1, self._key_tile), self._max_context)
         inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
         index = torch.tensor(slots)
         inputs[0, index] = torch.tensor(tokens)
         inputs[1, index] = torch.tensor(positions)
         inputs[2, : len(slots)] = index
-        ids_R, positions_R, index_on_device = inputs.to(self._every_row.device)
+        self._inputs[:, :num_rows].copy_(inputs)
+        for layer in self._layers:
+            layer.reserve(num_keys)
+        step = self._step if self._graphs is None else self._graphs
+        if self._graphs is not None and self._graphed_keys != (held := self._layers[0].num_keys):
+            self._graphs.forget()
+            self._graphed_keys = held
+        logits_RV, ids = step(num_rows, num_keys)
+        tape = _tape(self._recorder, [] if ids is None else [ids])
+        routing = None if tape is None else tape.rows(index)
+        return logits_RV[self._inputs[2, : len(slots)]], routing
+
+    def _step(self, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor | None]:
+        """The device's work of `decode`, from `_inputs` to logits and expert ids of every row."""
+        ids_R, positions_R, _ = self._inputs[:, :num_rows]
         for layer in self._layers:
             layer.write_tokens(self._every_row[:num_rows], positions_R, num_keys)
         visible = torch.arange(num_keys, device=positions_R.device) <= positions_R[:, None]
         mask = self._mask(visible[:, None, None])
-        with _recording(self._recorder) as tape:
+        with _recording(self._recorder) as recorded:
             logits_RV = self._forward(ids_R[:, None], positions_R[:, None], mask)
-        routing = None if self._recorder is None else tape.rows(index)
-        return logits_RV[index_on_device[: len(slots)]], routing
+        return logits_RV, recorded[0] if recorded else None
 
     def worth_moving(self, highest: int, active: int) -> bool:
         return _round_up(highest + 1, self._row_tile) > _round_up(active, self._row_tile)
@@ -154,6 +183,10 @@ class SlotMemory:
 
     def free(self, slot: int) -> None:
         """Nothing to do: what a slot holds beyond its own length is never looked at."""
+
+    def weights_moved(self) -> None:
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self._model(
@@ -201,14 +234,19 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._prefill is not None:
             rows, slots = self._prefill
             width = min(key_states.shape[2], self.max_context)
-            keys, values = self._reserve(key_states, value_states, width)
+            if self._rectangles is None:
+                length = min(_round_up(width, KEY_TILE), self.max_context)
+                self._rectangles = self._zeros(key_states, value_states, length)
+            self.reserve(width)
+            keys, values = self._rectangles
             keys[slots, :, :width] = key_states[rows, :, :width]
             values[slots, :, :width] = value_states[rows, :, :width]
             return key_states, value_states
         assert self._tokens is not None
         rows_R, positions_R = self._tokens
         num_rows = rows_R.shape[0]
-        keys, values = self._reserve(key_states, value_states, self._num_keys)
+        assert self._rectangles is not None  # a prefill came first
+        keys, values = self._rectangles
         keys[rows_R, :, positions_R] = key_states[:, :, 0]
         values[rows_R, :, positions_R] = value_states[:, :, 0]
         return keys[:num_rows, :, : self._num_keys], values[:num_rows, :, : self._num_keys]
@@ -219,20 +257,25 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for rectangle in self._rectangles:
             rectangle[target, :, :length] = rectangle[source, :, :length]
 
-    def _reserve(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The rectangles, grown by doubling; zeros, since 0 x garbage may be NaN."""
-        held = self._rectangles
-        size = 0 if held is None else held[0].shape[2]
-        if held is not None and size >= length:
-            return held
-        wider = min(max(_round_up(length, KEY_TILE), 2 * size), self.max_context)
-        shape = (self.num_slots, keys.shape[1], wider)
-        grown = keys.new_zeros((*shape, keys.shape[3])), values.new_zeros((*shape, values.shape[3]))
-        if held is not None:
-            for new, old in zip(grown, held, strict=True):
-                new[:, :, :size] = old
+    @property
+    def num_keys(self) -> int:
+        """Positions that a slot has room for; when it grows, the rectangles move."""
+        return 0 if self._rectangles is None else self._rectangles[0].shape[2]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions, by doubling."""
+        held, size = self._rectangles, self.num_keys
+        if held is None or size >= length:
+            return
+        grown = self._zeros(*held, min(max(length, 2 * size), self.max_context))
+        for new, old in zip(grown, held, strict=True):
+            new[:, :, :size] = old
         self._rectangles = grown
-        return grown
+
+    def _zeros(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Zeros, since 0 x garbage may be NaN."""
+        shape = (self.num_slots, keys.shape[1], length)
+        return keys.new_zeros((*shape, keys.shape[3])), values.new_zeros((*shape, values.shape[3]))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Part of the base class; storage is made in `update`."""
@@ -293,12 +336,15 @@ class RequestMemory:
     def free(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
+    def weights_moved(self) -> None:
+        """Nothing to do."""
+
     def _forward(
         self, tokens: list[int], start: int, cache: Any
     ) -> tuple[Any, Tensor, RoutingTape | None]:
         device = _device(self._model)
         positions = torch.arange(start, start + len(tokens), device=device)[None]
-        with _recording(self._recorder) as tape:
+        with _recording(self._recorder) as recorded:
             out = self._model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=positions,
@@ -306,16 +352,19 @@ class RequestMemory:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.past_key_values, out.logits[0, -1], tape
+        return out.past_key_values, out.logits[0, -1], _tape(self._recorder, recorded)
 
 
-@contextlib.contextmanager
-def _recording(recorder: RoutingReplay | None) -> Iterator[Any]:
-    if recorder is None:
-        yield None
-        return
-    with recorder.record() as tape:
-        yield tape
+def _recording(recorder: RoutingReplay | None) -> AbstractContextManager[list[Tensor]]:
+    return contextlib.nullcontext([]) if recorder is None else recorder._record_ids()
+
+
+def _tape(recorder: RoutingReplay | None, recorded: list[Tensor]) -> RoutingTape | None:
+    if recorder is None or not recorded:
+        return None
+    tape = recorder.unrecorded(0)
+    tape._fill(recorded[0])
+    return tape
 
 
 @contextlib.contextmanager

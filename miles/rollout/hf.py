@@ -15,14 +15,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from miles.errors import (
-    EmptyBatchError,
     EngineError,
     MissingExtraError,
     NonFiniteError,
@@ -34,6 +32,7 @@ from miles.errors import (
 )
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
+from miles.rollout._requests import Request, new_sample, resolve, seed_of
 from miles.rollout._sampling import Draws, draw
 from miles.rollout.sample import Sample, SamplingParams, Status
 
@@ -64,6 +63,8 @@ class HFEngine:
             With bf16 on a CPU a request's tokens and log-probs then have the same bits whatever
             else is in the batch; elsewhere its random draws are the same and log-probs differ by
             the kernels' rounding.
+        cuda_graphs: on a CUDA device, capture decoding steps as CUDA graphs, one for each shape.
+            Call `commit_weights` (or a syncer) after moving the model's parameters to other memory.
 
     Example:
         >>> import asyncio
@@ -89,6 +90,7 @@ class HFEngine:
         record_routing: bool | Literal["auto"] = "auto",
         weight_version: int = 0,
         row_tile: int = 16,
+        cuda_graphs: bool = True,
     ) -> None:
         if max_batch < 1:
             raise SettingError(f"max_batch is {max_batch}; expected 1 or more")
@@ -105,11 +107,14 @@ class HFEngine:
         self._eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
         self._check_stop_tokens(self._eos)
         self._recorder = _recorder(model, record_routing)
-        self._memory = _memory(model, self._recorder, max_batch, self._max_context, row_tile)
+        self._memory = _memory(
+            model, self._recorder, num_slots=max_batch, max_context=self._max_context,
+            row_tile=row_tile, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         self._version = weight_version
         self._ids = itertools.count()
-        self._queue: deque[_Request] = deque()
-        self._active: dict[int, _Request] = {}
+        self._queue: deque[Request] = deque()
+        self._active: dict[int, Request] = {}
         self._free = sorted(range(max_batch), reverse=True)
         self._changed = threading.Condition()
         self._stepping = self._paused = self._closed = False
@@ -143,6 +148,7 @@ class HFEngine:
 
         Raises:
             PromptTooLongError, StopTokenError, SettingError, EmptyBatchError: see the text.
+            NonFiniteError: the model's logits for this request are NaN or infinite.
             EngineError: the model failed; the requests that were running are lost and the engine
                 goes on with the next ones.
         """
@@ -156,15 +162,15 @@ class HFEngine:
         request_id: str | None = None,
     ) -> Future[Sample]:
         """`generate` for code without an event loop: a `concurrent.futures.Future`."""
-        sample = prompt.copy() if isinstance(prompt, Sample) else _new_sample(prompt)
+        sample = prompt.copy() if isinstance(prompt, Sample) else new_sample(prompt)
         self._check(sample, params)
-        request = _Request(
+        request = Request(
             request_id=f"request-{next(self._ids)}" if request_id is None else request_id,
             sample=sample,
             params=params,
             stop=frozenset(params.stop_token_ids)
             | (frozenset() if params.ignore_eos else self._eos),
-            draws=Draws(_seed(sample, params)),
+            draws=Draws(seed_of(sample, params)),
             num_generated=sample.num_generated_tokens,
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
@@ -192,7 +198,7 @@ class HFEngine:
             ]
             for request in ended:
                 self._release(request, Status.ABORTED, "abort")
-        _resolve(ended)
+        resolve(ended)
 
     async def pause(self) -> None:
         """Sample no further token until `resume`; returns when the step under way is over."""
@@ -209,7 +215,7 @@ class HFEngine:
             ended = [*self._active.values(), *self._queue]
             for request in ended:
                 self._release(request, Status.ABORTED, "abort")
-        _resolve(ended)
+        resolve(ended)
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
@@ -229,6 +235,8 @@ class HFEngine:
                     live.data = tensors[name]
                 elif live.data_ptr() != tensors[name].data_ptr():
                     live.data.copy_(tensors[name])
+            if alias:
+                self._memory.weights_moved()
             self._version = version
 
     # Everything below runs in the engine's thread, or between two of its steps.
@@ -273,7 +281,7 @@ class HFEngine:
                     self._release(request, *request.ending)
                 self._stepping = False
                 self._changed.notify_all()
-            _resolve(ended)  # last, and without the lock: callbacks may call the engine
+            resolve(ended)  # last, and without the lock: callbacks may call the engine
 
     def _step(self) -> None:
         """Fill free slots, then one token for every active request."""
@@ -291,7 +299,7 @@ class HFEngine:
         self._sample(running, logits_RV)
 
     def _admit(self) -> None:
-        prompts: dict[tuple[int, ...], list[_Request]] = {}
+        prompts: dict[tuple[int, ...], list[Request]] = {}
         width = 0
         with self._changed:
             while self._queue and self._free:
@@ -328,16 +336,19 @@ class HFEngine:
             sample.routing = self._recorder.unrecorded(len(sample.tokens) - 1)
         return len(sample.routing)
 
-    def _sample(self, requests: list[_Request], logits_RV: Tensor) -> None:
+    def _sample(self, requests: list[Request], logits_RV: Tensor) -> None:
         temperatures = [r.params.temperature for r in requests]
         draws = [r.draws[r.num_generated] for r in requests]
         tokens, logprobs = draw(logits_RV, temperatures, draws)
-        if not all(map(math.isfinite, logprobs)):
-            raise NonFiniteError(
-                "the model's logits are NaN or infinite; look at the weights of version "
-                f"{self._version}"
-            )
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
+            if not math.isfinite(logprob):
+                request.error = NonFiniteError(
+                    f"the logits for token {len(request.sample.tokens)} of {request.request_id} "
+                    "are NaN or infinite; look at the weights of version "
+                    f"{self._version}"
+                )
+                request.ending = (Status.FAILED, "error")
+                continue
             request.sample._append_sampled(token, logprob, self._version)
             request.num_generated += 1
             if token in request.stop:
@@ -361,7 +372,7 @@ class HFEngine:
             request.slot = low
             self._active[low] = request
 
-    def _release(self, request: _Request, status: Status, reason: str) -> None:
+    def _release(self, request: Request, status: Status, reason: str) -> None:
         """Take a request out of the engine and complete its sample."""
         if self._active.get(request.slot) is request:
             del self._active[request.slot]
@@ -414,52 +425,6 @@ class HFEngine:
             )
 
 
-@dataclass(eq=False)
-class _Request:
-    """A request on its way through the engine."""
-
-    request_id: str
-    sample: Sample
-    params: SamplingParams
-    stop: frozenset[int]
-    draws: Draws
-    num_generated: int
-    slot: int = -1
-    ending: tuple[Status, str] = (Status.PENDING, "")
-    error: Exception | None = None
-    prompt_routing: RoutingTape | None = None
-    routing: list[tuple[RoutingTape, int]] = field(default_factory=list)
-    future: Future[Sample] = field(default_factory=Future)
-
-    @property
-    def ended(self) -> bool:
-        return self.ending[0] is not Status.PENDING
-
-
-def _resolve(requests: list[_Request]) -> None:
-    for request in requests:
-        if not request.future.set_running_or_notify_cancel():
-            continue
-        if request.error is not None:
-            request.future.set_exception(request.error)
-        else:
-            request.future.set_result(request.sample)
-
-
-def _seed(sample: Sample, params: SamplingParams) -> int | None:
-    """A resumed sample goes on with the draws it began with, unless told otherwise."""
-    if params.seed is None and sample.spans:
-        seed: int | None = sample.metadata.get("seed")
-        return seed
-    return params.seed
-
-
-def _new_sample(prompt: Sequence[int]) -> Sample:
-    if not len(prompt):
-        raise EmptyBatchError("the prompt has no token; expected at least one")
-    return Sample(tokens=[int(token) for token in prompt])
-
-
 def _eos(model: nn.Module) -> list[int]:
     eos: Any = getattr(model.generation_config, "eos_token_id", None)
     if eos is None:
@@ -478,22 +443,14 @@ def _recorder(model: nn.Module, record_routing: bool | str) -> RoutingReplay | N
         raise
 
 
-def _memory(
-    model: nn.Module,
-    recorder: RoutingReplay | None,
-    max_batch: int,
-    max_context: int,
-    row_tile: int,
-) -> KVMemory:
+def _memory(model: nn.Module, recorder: RoutingReplay | None, **settings: Any) -> KVMemory:
     try:
         from miles.rollout import _kv
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
     reason = _kv.supports_slots(model)
     if reason is None:
-        return _kv.SlotMemory(
-            model, recorder, num_slots=max_batch, max_context=max_context, row_tile=row_tile
-        )
+        return _kv.SlotMemory(model, recorder, **settings)
     warnings.warn(
         f"{type(model).__name__} runs one request at a time, not as a batch, because {reason}; "
         "results are the same, throughput is lower",

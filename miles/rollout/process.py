@@ -15,6 +15,7 @@ from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
 from miles.rollout import _wire
+from miles.rollout._requests import new_sample
 from miles.rollout._wire import Message
 from miles.rollout.hf import HFEngine
 from miles.rollout.sample import Sample, SamplingParams
@@ -109,17 +110,27 @@ class EngineProcess:
         Raises:
             EngineDiedError: the child ended before the answer was complete.
         """
-        sample = prompt if isinstance(prompt, Sample) else Sample(tokens=[int(t) for t in prompt])
+        sample = prompt if isinstance(prompt, Sample) else new_sample(prompt)
+        number = next(self._ids)
+        name = f"request-{number}" if request_id is None else request_id
+        # Metadata stays here, whatever it holds; the engine needs the seed to go on with.
+        seed = {key: value for key, value in sample.metadata.items() if key == "seed"}
         request = Message(
-            next(self._ids),
+            number,
             "generate",
-            sample=_wire.sample_to_wire(sample),
+            sample=_wire.sample_to_wire(sample) | {"metadata": seed},
             params=_wire.params_to_wire(params),
-            request_id=request_id,
+            request_id=name,
         )
-        answer = await asyncio.wrap_future(self._call(request))
+        try:
+            answer = await asyncio.wrap_future(self._call(request))
+        except asyncio.CancelledError:
+            self._call(Message(next(self._ids), "abort", request_ids=[name]))
+            raise
         assert answer.sample is not None
-        return _wire.sample_from_wire(answer.sample)
+        finished = _wire.sample_from_wire(answer.sample)
+        finished.metadata = sample.metadata | finished.metadata
+        return finished
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """As `HFEngine.abort`."""
@@ -137,9 +148,13 @@ class EngineProcess:
     def close(self) -> None:
         """End the child; one that does not react is killed."""
         if self.alive:
-            self._call(Message(next(self._ids), "close"))
+            # In a thread: a child that no longer reads lets the pipe fill up, and sending wait.
+            message = Message(next(self._ids), "close")
+            asking = threading.Thread(target=self._call, args=(message,), daemon=True)
+            asking.start()
             self._process.join(CLOSE_SECONDS)
-        self._process.kill()
+            self._process.kill()
+            asking.join()
         self._process.join()
         self._pipe.close()
 

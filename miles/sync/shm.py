@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles.errors import SyncError
+from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport, WeightTarget
 from miles.sync._plan import check_version, layout, pair
 
@@ -111,7 +111,13 @@ class SharedMemoryReceiver:
         self._address = Path(address)
         self._address.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(address))
+        try:
+            self._listener.bind(str(address))
+        except OSError as error:
+            raise SettingError(
+                f"cannot listen at {address!s} ({error}); expected a path of a folder that exists, "
+                "of at most about 100 characters, as Unix sockets demand"
+            ) from error
         os.chmod(address, 0o600)
         self._listener.listen(1)
         threading.Thread(target=self._serve, name="weight-receiver", daemon=True).start()

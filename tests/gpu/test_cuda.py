@@ -79,7 +79,8 @@ def test_replay_of_own_routing_is_bitwise_equal(family):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_greedy_tokens_equal_the_cpu_engine(family):
     greedy = params(10, temperature=0.0)
-    with serving(tiny(family)) as on_cpu, serving(tiny(family).cuda()) as on_cuda:
+    on_gpu = tiny(family, experts="batched_mm").cuda()
+    with serving(tiny(family)) as on_cpu, serving(on_gpu) as on_cuda:
         expected = generate_all(on_cpu, PROMPTS, greedy)
         got = generate_all(on_cuda, PROMPTS, greedy)
     assert [s.tokens for s in got] == [s.tokens for s in expected]
@@ -87,7 +88,7 @@ def test_greedy_tokens_equal_the_cpu_engine(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
 def test_logprobs_equal_a_teacher_forced_pass(family):
-    model = tiny(family).cuda()
+    model = tiny(family, experts="batched_mm").cuda()
     with serving(model) as engine:
         samples = generate_all(engine, PROMPTS, params(12, temperature=0.8))
     batch = collate(samples).to("cuda")
@@ -96,6 +97,46 @@ def test_logprobs_equal_a_teacher_forced_pass(family):
     train = token_logprobs(logits.flatten(0, 1), batch.targets_T, temperature=0.8)
     gap = mismatch_metrics(train, batch.rollout_logprobs_T, batch.packed)
     assert float(gap["mismatch/abs_max"]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_graphs_give_what_the_launches_one_by_one_give(family):
+    """300 tokens: the memory grows on the way, and graphs with it."""
+    model = tiny(family, experts="batched_mm", max_position_embeddings=512).cuda()
+    wanted = [params(300 - 40 * i, seed=i, temperature=0.8) for i in range(len(PROMPTS))]
+    with serving(model) as engine, serving(model, cuda_graphs=False) as plain:
+        got = generate_all(engine, PROMPTS, wanted)
+        expected = generate_all(plain, PROMPTS, wanted)
+        assert engine._memory._graphs._graphs and plain._memory._graphs is None
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.tokens == theirs.tokens and ours.routing == theirs.routing
+        gap = torch.tensor(ours.rollout_logprobs) - torch.tensor(theirs.rollout_logprobs)
+        assert float(gap[~gap.isnan()].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_a_graph_uses_the_weights_that_were_committed(alias):
+    other = tiny("llama", seed=1).cuda()
+    greedy = params(20, temperature=0.0)
+    with serving(other) as engine:
+        expected = [s.tokens for s in generate_all(engine, PROMPTS, greedy)]
+    with serving(tiny("llama").cuda()) as engine:
+        assert [s.tokens for s in generate_all(engine, PROMPTS, greedy)] != expected
+        state = other.state_dict()
+        weights = {name: state[name].clone() for name in engine.weight_tensors()}
+        engine.commit_weights(weights, version=1, alias=alias)
+        assert [s.tokens for s in generate_all(engine, PROMPTS, greedy)] == expected
+
+
+def test_a_model_that_cannot_be_captured_says_so_and_is_served():
+    with (
+        pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"),
+        serving(tiny("qwen3_moe", experts="eager").cuda()) as engine,
+    ):
+        got = generate_all(engine, PROMPTS, params(10, temperature=0.0))
+    with serving(tiny("qwen3_moe")) as on_cpu:
+        expected = generate_all(on_cpu, PROMPTS, params(10, temperature=0.0))
+    assert [s.tokens for s in got] == [s.tokens for s in expected]
 
 
 def test_in_process_sync_moves_a_trainer_to_the_engine():
@@ -108,7 +149,9 @@ def test_in_process_sync_moves_a_trainer_to_the_engine():
 
 
 def cuda_engine(address: str) -> HFEngine:
-    engine = HFEngine(tiny("qwen3_moe", dtype=torch.bfloat16).cuda(), max_batch=16)
+    engine = HFEngine(
+        tiny("qwen3_moe", dtype=torch.bfloat16, experts="batched_mm").cuda(), max_batch=16
+    )
     SharedMemoryReceiver(engine, address)
     return engine
 
@@ -117,7 +160,7 @@ def test_engine_process_on_the_gpu_takes_weights_and_dies_cleanly(tmp_path):
     address = str(tmp_path / "weights")
     engine = EngineProcess(cuda_engine, address)
     syncer = SharedMemorySyncer(address)
-    trainer = tiny("qwen3_moe", seed=1, dtype=torch.bfloat16).cuda()
+    trainer = tiny("qwen3_moe", seed=1, dtype=torch.bfloat16, experts="batched_mm").cuda()
     try:
         syncer.push(trainer.state_dict().items(), version=1)
         with serving(trainer) as here:

@@ -284,6 +284,21 @@ def test_nothing_stays_behind(fail):
     assert torch.equal(model(input_ids).logits, plain)
 
 
+def test_contexts_left_in_the_order_they_were_entered_leave_nothing_behind():
+    model, ids = tiny("qwen3_moe"), token_batch()
+    first, second = RoutingReplay(model), RoutingReplay(model)
+    outer, inner = first.record(), second.record()
+    tape = outer.__enter__()
+    model(input_ids=ids)
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert len(tape) == ids.numel()
+    model(input_ids=ids)  # the one that was left passes everything on
+    inner.__exit__(None, None, None)
+    assert len(tape) == ids.numel()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_two_models_replayed_at_once_do_not_mix():
     models, input_ids = [tiny("qwen3_moe"), tiny("qwen3_moe", seed=1)], token_batch()
     replays = [RoutingReplay(model) for model in models]

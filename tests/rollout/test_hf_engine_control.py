@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from miles.errors import EngineError, RoutingError
+from miles.errors import EngineError, NonFiniteError, RoutingError
 from miles.moe import RoutingTape
 from miles.rollout import HFEngine, Sample, Span, Status
 from tests.models import Passes, generate_all, params, serving, tiny
@@ -208,6 +208,19 @@ def test_a_failing_forward_pass_costs_its_requests_only(name):
         handle.remove()
         assert [s.tokens for s in generate_all(engine, [PROMPT] * 3, LONG)] == [whole.tokens] * 3
         assert not engine._active and len(engine._free) == 2
+
+
+def test_a_request_whose_logits_are_nan_fails_alone():
+    model = tiny("llama")
+    head = model.get_output_embeddings()
+    model.get_input_embeddings().weight.data[7] = torch.nan
+    assert head.weight is not model.get_input_embeddings().weight
+    with serving(model) as engine:
+        good = engine.submit([1, 2], params(4))
+        bad = engine.submit([1, 7], params(4), request_id="bad")
+        with pytest.raises(NonFiniteError, match="token 2 of bad are NaN"):
+            bad.result()
+        assert len(good.result().tokens) == 6
 
 
 def test_one_engine_serves_two_event_loops():

@@ -1,6 +1,8 @@
 import asyncio
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from miles.errors import (
     StopTokenError,
 )
 from miles.moe import RoutingTape
-from miles.rollout import EngineProcess, RolloutEngine, Sample, Span, Status, _wire
+from miles.rollout import EngineProcess, RolloutEngine, Sample, Span, Status, _wire, process
 from tests.models import broken_engine, generate_all, make_engine, params
 
 PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5], [5, 6, 7], [2, 2], [8]]
@@ -85,10 +87,13 @@ def test_errors_keep_their_class_and_text(engine, error, text, prompt, wanted):
     assert type(caught.value) is error
 
 
-def test_metadata_that_cannot_travel_is_refused_here_and_nothing_is_left_waiting(engine):
-    with pytest.raises(TypeError, match="type object"):
-        generate_all(engine, [Sample(tokens=[5], metadata={"mine": object()})], params(1))
-    assert not engine._waiting
+def test_metadata_stays_here_whatever_it_holds(engine):
+    mine = object()
+    sample = generate_all(
+        engine, [Sample(tokens=[5], metadata={"mine": mine, "pair": (1, 2)})], WANTED[0]
+    )[0]
+    assert sample.metadata["mine"] is mine and sample.metadata["pair"] == (1, 2)
+    assert sample.metadata["finish_reason"] == "length"
 
 
 def test_abort_pause_and_resume_reach_the_child(engine):
@@ -115,7 +120,11 @@ def test_abort_pause_and_resume_reach_the_child(engine):
     assert second.tokens[: len(first.tokens)] == first.tokens
 
 
-def test_a_cancelled_call_leaves_the_others_alone(engine):
+def test_a_cancelled_call_is_aborted_in_the_child_and_leaves_the_others_alone(engine, monkeypatch):
+    sent = []
+    monkeypatch.setattr(engine, "_call", lambda message: sent.append(message) or call(message))
+    call = EngineProcess._call.__get__(engine)
+
     async def main() -> Sample:
         task = asyncio.create_task(engine.generate([5], LONG))
         await asyncio.sleep(0.1)
@@ -123,6 +132,22 @@ def test_a_cancelled_call_leaves_the_others_alone(engine):
         return await engine.generate([5], params(3))
 
     assert len(asyncio.run(main()).tokens) == 4
+    abort = next(message for message in sent if message.op == "abort")
+    assert abort.request_ids == [sent[0].request_id]
+
+
+def test_a_child_that_no_longer_reads_is_closed_all_the_same(monkeypatch):
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
+    engine = EngineProcess(make_engine)
+    os.kill(engine.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(asyncio.run, engine.generate([5] * 200_000, LONG))  # fills the pipe
+        while not engine._lock.locked():
+            time.sleep(0.01)
+        engine.close()
+        with pytest.raises(EngineDiedError):
+            call.result(60)
+    assert not engine.alive
 
 
 def test_a_killed_child_fails_all_that_wait_and_a_restart_serves_again(engine):

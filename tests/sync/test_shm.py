@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from miles.errors import SyncError
+from miles.errors import SettingError, SyncError
 from miles.protocols import WeightSyncer
 from miles.sync import SharedMemoryReceiver, SharedMemorySyncer, shm
 from tests.models import params, serving, tiny
@@ -252,3 +252,9 @@ def test_an_engine_answers_with_the_trainers_weights(address):
     assert got.weight_versions == [3]
     with serving(tied) as engine:
         assert engine.submit([5, 6], params(20)).result(60).tokens == got.tokens
+
+
+@pytest.mark.parametrize("where", ["/nowhere/weights", "/tmp/" + "x" * 120])
+def test_an_address_that_cannot_be_is_refused_with_what_to_do(where):
+    with pytest.raises(SettingError, match="a folder that exists"):
+        SharedMemoryReceiver(Target(), where)

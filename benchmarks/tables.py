@@ -1,0 +1,54 @@
+"""Write the README's benchmark tables anew from the CSVs.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """A CSV of `results/`."""
+    with (HERE / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def engine_throughput() -> str:
+    """Times `transformers.generate`, one line a hardware and model."""
+    slots = ("16", "32", "64")
+    lines = [
+        "| hardware, date | model | " + " | ".join(f"{n} slots" for n in slots) + " |",
+        "|---|---|" + "---|" * len(slots),
+    ]
+    times: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows("engine_throughput"):
+        dtype = row["dtype"].removeprefix("torch.")
+        key = (f"{row['hardware']}, {row['date']}", f"{row['model']}, {dtype}")
+        times.setdefault(key, {})[row["engine"].rpartition("=")[2]] = row["times_generate"]
+    for (hardware, model), values in times.items():
+        cells = " | ".join(f"{float(values[n]):.2f}" for n in slots)
+        lines.append(f"| {hardware} | {model} | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES = {"engine_throughput": engine_throughput}
+
+
+def fill(text: str) -> str:
+    """The text with every table in it made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, table=table: m[1] + table() + m[2], text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    readme = HERE.parent / "README.md"
+    readme.write_text(fill(readme.read_text()))

@@ -1,0 +1,61 @@
+"""Decoding steps as CUDA graphs: one launch instead of hundreds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecodeGraphs"]
+
+Outputs = tuple[Tensor, Tensor | None]
+Shape = tuple[int, int]
+
+MAX_GRAPHS = 256
+
+
+class DecodeGraphs:
+    """Runs `step(*shape)`, and from a shape's second time on replays what it launched.
+
+    The step must read and write the same memory every time; `forget` when that has moved. What a
+    replay returns is overwritten by the next one.
+    """
+
+    def __init__(self, step: Callable[[int, int], Outputs]) -> None:
+        self._step = step
+        self._usable = True
+        self.forget()
+
+    def forget(self) -> None:
+        """Capture anew: memory that the step uses has moved."""
+        self._seen: set[Shape] = set()
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # one for all, since no two run at a time
+
+    def __call__(self, *shape: int) -> Outputs:
+        num_rows, num_keys = shape
+        key = (num_rows, num_keys)
+        if key not in self._graphs:
+            if not self._usable or key not in self._seen or len(self._graphs) >= MAX_GRAPHS:
+                self._seen.add(key)
+                return self._step(num_rows, num_keys)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads (a trainer's) may go on with their own CUDA calls meanwhile.
+                with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                    outputs = self._step(num_rows, num_keys)
+            except Exception as error:
+                self._usable = False
+                warnings.warn(
+                    "this model's decoding step cannot be captured as a CUDA graph, so every step "
+                    f"launches its kernels one by one, which is slower: {error}",
+                    stacklevel=2,
+                )
+                torch.cuda.synchronize()
+                return self._step(num_rows, num_keys)
+            self._graphs[key] = graph, outputs
+        graph, outputs = self._graphs[key]
+        graph.replay()
+        return outputs

@@ -1,0 +1,61 @@
+"""The engine of the examples dies exactly while weights go to it."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_same(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from arithmetic import build_model, build_tokenizer
+    from rollouts import Rollouts
+
+    from miles.rollout import SamplingParams
+
+    class Log:
+        said = ""
+
+        def say(self, text):
+            self.said += text
+
+        def advance(self):
+            pass
+
+    class Trainer(torch.nn.Module):
+        """Its weights kill the engine as they are read, once."""
+
+        killed = False
+
+        def state_dict(self):
+            return self
+
+        def items(self):
+            for index, pair in enumerate(model.state_dict().items()):
+                if index == 3 and not self.killed and rollouts._engine.weight_version == 1:
+                    self.killed = True
+                    os.kill(rollouts._engine.pid, signal.SIGKILL)
+                    rollouts._engine._process.join()
+                yield pair
+
+    model, tokenizer, log = build_model(0), build_tokenizer(), Log()
+    model.save_pretrained(tmp_path)
+    trainer = Trainer()
+    rollouts = Rollouts(trainer, tmp_path, log, device="cpu", max_batch=4, own_process=True)
+    try:
+        rollouts.sync(1)
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        rollouts.sync(2)
+        assert trainer.killed and "starting a new engine" in log.said
+        params = SamplingParams(max_new_tokens=2, seed=0)
+        prompt = tokenizer("1+2=")["input_ids"]
+        samples = rollouts.generate([(prompt, params)] * 3, version=2)
+        assert [sample.weight_versions for sample in samples] == [[2]] * 3
+    finally:
+        rollouts.close()
