@@ -1,9 +1,13 @@
 """Names that doctests use without importing them."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from miles.packed import Denominators, Packed, count, pack, unpack
+
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["miles/*/_*triton.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -64,5 +64,6 @@ def select(packed: Packed, seqs: list[int]) -> tuple[Packed, Tensor]:
         num_seqs=len(seqs),
         group_ids_S=packed.group_ids_S[seqs],
         positions_T=packed.positions_T[index_T],
+        seq_group=packed.seq_group,
     )
     return chosen, index_T

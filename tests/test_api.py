@@ -22,26 +22,91 @@ ALL = {
         "unpack",
     ],
     "miles.losses": [
+        "ArgMax",
         "Correction",
+        "CovarianceStatistics",
+        "Ess",
+        "ExpMean",
+        "LogMeanExp",
+        "LogprobOutput",
         "Max",
+        "MaxStaleness",
         "Mean",
+        "Metric",
         "Metrics",
+        "Nucleus",
+        "OffPolicyNegative",
+        "Preference",
         "Reject",
         "Surrogate",
         "Weight",
         "aggregate",
+        "cispo",
+        "clip_cov",
+        "covariance_statistics",
+        "discounted_returns",
+        "distill_advantages",
+        "dpo",
+        "dppo",
+        "dro",
+        "entropy_quantile_mask",
+        "gae",
+        "generalized_jsd",
+        "gmpo",
         "group_advantages",
+        "icepop",
         "importance_weights",
+        "interpolate_proximal",
+        "ipo",
+        "kl_cov",
         "kl_penalty",
+        "length_adaptive_lambda",
+        "linear_logprobs",
         "log_ratio",
+        "masked_is",
         "mean_over",
         "mismatch_metrics",
+        "multi_reward_advantages",
+        "nll",
+        "orpo",
+        "passk_advantages",
+        "policy_loss",
+        "policy_loss_backend",
         "ppo_clip",
         "presets",
         "reduce_metrics",
+        "reinforce",
+        "sapo",
+        "sequence_logprobs",
+        "simpo",
+        "soft_overlong_penalty",
+        "terminal_rewards",
+        "token_ids",
         "token_logprobs",
         "token_weights",
+        "topk_distillation",
         "truncated_is",
+        "value_loss",
+        "vespo",
+        "veto",
+        "whiten",
+    ],
+    "miles.losses.presets": [
+        "cispo",
+        "dapo",
+        "decoupled_ppo",
+        "dr_grpo",
+        "gmpo",
+        "grpo",
+        "gspo",
+        "gspo_token",
+        "on_policy_distillation",
+        "ppo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "rloo",
+        "sapo",
+        "vapo",
     ],
     "miles.moe": [
         "ROUTER_FAMILIES",
@@ -99,29 +164,168 @@ PARAMETERS = {
     "miles.Packed.to": "self device",
     "miles.Denominators": "* num_tokens num_seqs num_groups group_tokens_G counted_keep",
     "miles.count": "packed * keep_T group",
-    "miles.losses.group_advantages": "rewards_S group_ids_S * baseline scale ddof eps singleton",
-    "miles.losses.token_logprobs": "logits_TV targets_T * temperature",
-    "miles.losses.log_ratio": "new_T old_T packed * level",
-    "miles.losses.Weight": "* level mode low high",
-    "miles.losses.Reject": "* level statistic low high",
+    "miles.losses.ArgMax": "largest sequence position",
     "miles.losses.Correction": "weights_T keep_T metrics",
-    "miles.losses.importance_weights": (
-        "old_logprobs_T rollout_logprobs_T packed * weight reject normalize group"
+    "miles.losses.CovarianceStatistics": (
+        "* mean_advantage mean_logprob threshold tie_limit draw_limit cov_min cov_max seed"
     ),
-    "miles.losses.truncated_is": "old_logprobs_T rollout_logprobs_T packed * high",
-    "miles.losses.ppo_clip": "log_ratio_T advantages_T * ratio_min ratio_max dual_clip",
+    "miles.losses.Ess": "total squares count",
+    "miles.losses.ExpMean": "total count",
+    "miles.losses.LogMeanExp": "largest scaled count",
+    "miles.losses.LogprobOutput": "logprobs entropy",
+    "miles.losses.Max": "largest",
+    "miles.losses.MaxStaleness": "limit",
+    "miles.losses.Mean": "total count",
+    "miles.losses.Nucleus": "ids_K offsets_T1",
+    "miles.losses.OffPolicyNegative": "* delta",
+    "miles.losses.Preference": "loss_P margin_P",
+    "miles.losses.Reject": "* level statistic low high",
     "miles.losses.Surrogate": "loss_T clipped_low_T clipped_high_T",
+    "miles.losses.Weight": "* level mode low high",
     "miles.losses.aggregate": (
         "loss_T packed denominators * mode weights_T keep_T count_rejected constant averaged_over"
     ),
+    "miles.losses.cispo": "logprobs_T log_ratio_T advantages_T packed * ratio_min ratio_max",
+    "miles.losses.clip_cov": (
+        "logprobs_T log_ratio_T advantages_T packed * statistics token_ids_T ratio_min ratio_max"
+    ),
+    "miles.losses.covariance_statistics": (
+        "logprobs_T advantages_T packed * token_ids_T share cov_min cov_max seed group"
+    ),
+    "miles.losses.discounted_returns": "rewards_T packed * gamma",
+    "miles.losses.distill_advantages": (
+        "student_logprobs_T teacher_logprobs_T packed * coef base_advantages_T center group"
+    ),
+    "miles.losses.dpo": (
+        "chosen_logprobs_P rejected_logprobs_P ref_chosen_P ref_rejected_P * beta label_smoothing"
+    ),
+    "miles.losses.dppo": (
+        "logprobs_T log_ratio_T advantages_T packed * rollout_logprobs_T kind delta ratio_cap"
+    ),
+    "miles.losses.dro": "logprobs_T log_ratio_T advantages_T packed * beta",
+    "miles.losses.entropy_quantile_mask": "entropy_T packed * share group",
+    "miles.losses.gae": "rewards_T values_T packed * gamma lam lam_value",
+    "miles.losses.generalized_jsd": "student_logits_TV teacher_logits_TV packed * beta temperature",
+    "miles.losses.gmpo": "log_ratio_T advantages_T packed * log_min log_max",
+    "miles.losses.group_advantages": (
+        "rewards_S group_ids_S * baseline scale ddof eps singleton lengths_S group"
+    ),
+    "miles.losses.icepop": "old_logprobs_T rollout_logprobs_T packed * low high",
+    "miles.losses.importance_weights": (
+        "old_logprobs_T rollout_logprobs_T packed * weight reject normalize group advantages_T "
+        "versions_T current_version"
+    ),
+    "miles.losses.interpolate_proximal": (
+        "behave_logprobs_T current_logprobs_T packed * versions_T proximal_version current_version"
+    ),
+    "miles.losses.ipo": "chosen_logprobs_P rejected_logprobs_P ref_chosen_P ref_rejected_P * beta",
+    "miles.losses.kl_cov": (
+        "logprobs_T log_ratio_T advantages_T packed * statistics token_ids_T kl_coef"
+    ),
+    "miles.losses.kl_penalty": "logprobs_T ref_logprobs_T packed * value grad",
+    "miles.losses.length_adaptive_lambda": "packed_or_lengths * alpha",
+    "miles.losses.linear_logprobs": (
+        "hidden_TD weight_VD targets_T * temperature bias softcap entropy keep vocab_group backend"
+    ),
+    "miles.losses.log_ratio": "new_T old_T packed * level",
+    "miles.losses.masked_is": "old_logprobs_T rollout_logprobs_T packed * low high level",
+    "miles.losses.mean_over": "values_T mask_T",
+    "miles.losses.mismatch_metrics": (
+        "train_logprobs_T rollout_logprobs_T packed * versions_T position_buckets current_version "
+        "age_buckets sample_ids_S"
+    ),
+    "miles.losses.multi_reward_advantages": (
+        "rewards_SR group_ids_S * weights_R how final ddof eps group"
+    ),
+    "miles.losses.nll": "logprobs_T packed",
+    "miles.losses.orpo": "chosen_mean_P rejected_mean_P * lam",
+    "miles.losses.passk_advantages": "rewards_S group_ids_S * k threshold",
+    "miles.losses.policy_loss": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * mode constant ratio_min "
+        "ratio_max dual_clip correction count_rejected ref_logprobs_T kl_coef averaged_over "
+        "backend"
+    ),
+    "miles.losses.policy_loss_backend": "logprobs_T * backend",
+    "miles.losses.ppo_clip": "log_ratio_T advantages_T * ratio_min ratio_max dual_clip",
+    "miles.losses.reduce_metrics": "parts * group",
+    "miles.losses.reinforce": "logprobs_T advantages_T packed",
+    "miles.losses.sapo": "log_ratio_T advantages_T * tau_pos tau_neg",
+    "miles.losses.sequence_logprobs": "logprobs_T packed * mean",
+    "miles.losses.simpo": "chosen_mean_P rejected_mean_P * beta gamma",
+    "miles.losses.soft_overlong_penalty": "lengths_S * max_length buffer factor",
+    "miles.losses.terminal_rewards": "rewards_S packed",
+    "miles.losses.token_ids": "packed sequence_ids_S",
+    "miles.losses.token_logprobs": "logits_TV targets_T * temperature vocab_group",
     "miles.losses.token_weights": (
         "packed denominators * mode weights_T keep_T count_rejected constant averaged_over"
     ),
-    "miles.losses.kl_penalty": "logprobs_T ref_logprobs_T packed * value grad",
-    "miles.losses.mismatch_metrics": "train_logprobs_T rollout_logprobs_T packed",
+    "miles.losses.topk_distillation": (
+        "student_logits_TV teacher_logprobs_TK teacher_ids_TK packed * kind tail"
+    ),
+    "miles.losses.truncated_is": "old_logprobs_T rollout_logprobs_T packed * high",
+    "miles.losses.value_loss": "values_T old_values_T returns_T packed * clip",
+    "miles.losses.vespo": (
+        "logprobs_T log_ratio_T advantages_T packed * k_pos lam_pos k_neg lam_neg log_weights_T"
+    ),
+    "miles.losses.veto": "threshold",
+    "miles.losses.whiten": "values_T mask_T * group ddof eps mean",
+    "miles.losses.presets.cispo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction averaged_over"
+    ),
+    "miles.losses.presets.dapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction averaged_over"
+    ),
+    "miles.losses.presets.decoupled_ppo": (
+        "logprobs_T proximal_logprobs_T advantages_T packed denominators * correction ratio_min "
+        "ratio_max averaged_over"
+    ),
+    "miles.losses.presets.dr_grpo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * max_tokens ratio_min "
+        "ratio_max correction averaged_over"
+    ),
+    "miles.losses.presets.gmpo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * log_min log_max correction "
+        "averaged_over"
+    ),
     "miles.losses.presets.grpo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
         "correction ref_logprobs_T kl_coef averaged_over"
+    ),
+    "miles.losses.presets.gspo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction averaged_over"
+    ),
+    "miles.losses.presets.gspo_token": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction averaged_over"
+    ),
+    "miles.losses.presets.on_policy_distillation": (
+        "logprobs_T teacher_logprobs_T packed denominators * coef correction averaged_over"
+    ),
+    "miles.losses.presets.ppo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * values_T old_values_T "
+        "returns_T value_coef value_clip ratio_min ratio_max dual_clip correction averaged_over"
+    ),
+    "miles.losses.presets.reinforce_plus_plus": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction averaged_over"
+    ),
+    "miles.losses.presets.reinforce_plus_plus_baseline": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction ref_logprobs_T kl_coef averaged_over"
+    ),
+    "miles.losses.presets.rloo": (
+        "logprobs_T advantages_T packed denominators * correction averaged_over"
+    ),
+    "miles.losses.presets.sapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * tau_pos tau_neg correction "
+        "averaged_over"
+    ),
+    "miles.losses.presets.vapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * right_S right_denominators "
+        "nll_coef ratio_min ratio_max correction averaged_over"
     ),
     "miles.moe.RoutingTape": "expert_ids * num_experts",
     "miles.moe.RoutingTape.cat": "tapes",

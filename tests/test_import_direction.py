@@ -63,6 +63,8 @@ def test_no_optional_dependency_is_imported_when_a_module_loads(part):
     files = [path for path in FILES if part_of(path) == part]
     assert files
     for path in files:
+        if path.name.endswith("_triton.py"):  # imported when its kernel is wanted, not before
+            continue
         tree = ast.parse(path.read_text())
         modules = {
             name.split(".")[0]

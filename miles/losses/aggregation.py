@@ -105,39 +105,57 @@ def token_weights(
         >>> token_weights(packed, count(packed), mode="seq_mean_token_mean").tolist()
         [0.25, 0.25, 0.5, 0.0]
     """
-    _check(denominators, mode, keep_T, count_rejected, constant, averaged_over)
-    active_T = packed.mask_T
-    if keep_T is not None:
-        packed.check(keep_T=keep_T)
-        active_T = active_T & keep_T
-    coefficients_T = _per_token(packed, denominators, mode, None if count_rejected else keep_T)
-    if mode == "constant" and constant is not None:
-        coefficients_T = coefficients_T / constant
+    factor, divisor, per_sequence_S = factors(
+        packed, denominators, mode=mode, keep_T=keep_T, count_rejected=count_rejected,
+        constant=constant, averaged_over=averaged_over,
+    )  # fmt: skip
+    active_T = packed.mask_T if keep_T is None else packed.mask_T & keep_T
+    coefficients_T = torch.where(active_T, factor / divisor.to(torch.float64), 0)
+    if per_sequence_S is not None:
+        coefficients_T = coefficients_T * packed.per_token(per_sequence_S)
     if weights_T is not None:
         packed.check(weights_T=weights_T)
         coefficients_T = coefficients_T * torch.where(active_T, weights_T, 0)
-    return torch.where(active_T, coefficients_T * averaged_over, 0)
+    return coefficients_T
 
 
-def _per_token(
-    packed: Packed, denominators: Denominators, mode: Mode, counted_T: Tensor | None
-) -> Tensor:
-    ones_T = torch.ones_like(packed.mask_T, dtype=torch.float64)
-    if mode == "sum":
-        return ones_T
-    if mode == "token_mean":
-        return ones_T / denominators.num_tokens
-    if mode in ("seq_mean_token_sum", "constant"):
-        return ones_T / denominators.num_seqs
-    if mode == "seq_mean_token_mean":
-        tokens_S = tokens_per_sequence(packed, counted_T).clamp(min=1)
-        return ones_T / packed.per_token(tokens_S) / denominators.num_seqs
-    if packed.group_ids_S is None or denominators.group_tokens_G is None:
+@torch.no_grad()
+def factors(
+    packed: Packed,
+    denominators: Denominators,
+    *,
+    mode: Mode,
+    keep_T: Tensor | None,
+    count_rejected: bool,
+    constant: float | None,
+    averaged_over: int,
+) -> tuple[float, Tensor, Tensor | None]:
+    """A token's coefficient is `factor / divisor`, an int64 0-d, times, in some modes, an `[S]`."""
+    _check(denominators, mode, keep_T, count_rejected, constant, averaged_over)
+    if keep_T is not None:
+        packed.check(keep_T=keep_T)
+    if mode == "group_mean" and (packed.group_ids_S is None or denominators.group_tokens_G is None):
         raise DenominatorError(
             'mode="group_mean" needs group_ids_S in the Packed and in what count() saw; got none'
         )
-    tokens_S = denominators.group_tokens_G[packed.group_ids_S].clamp(min=1)
-    return ones_T / packed.per_token(tokens_S) / denominators.num_groups  # type: ignore[operator]
+    if mode == "sum":
+        divisor = torch.ones_like(denominators.num_tokens)
+    elif mode == "token_mean":
+        divisor = denominators.num_tokens
+    elif mode == "group_mean":
+        assert denominators.num_groups is not None
+        divisor = denominators.num_groups
+    else:
+        divisor = denominators.num_seqs
+    factor = averaged_over / (constant or 1.0)
+    if mode == "seq_mean_token_mean":
+        tokens_S = tokens_per_sequence(packed, None if count_rejected else keep_T)
+    elif mode == "group_mean":
+        assert packed.group_ids_S is not None and denominators.group_tokens_G is not None
+        tokens_S = denominators.group_tokens_G[packed.group_ids_S]
+    else:
+        return factor, divisor, None
+    return factor, divisor, 1 / tokens_S.clamp(min=1).to(torch.float64)
 
 
 def _check(

@@ -17,67 +17,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from miles.errors import MissingLogprobError, SettingError, ShapeError
-from miles.losses.metrics import Metrics, max_over, mean_over
+from miles.errors import DtypeError, MissingLogprobError, SettingError, ShapeError
+from miles.losses._rules import (
+    MaxStaleness,
+    OffPolicyNegative,
+    Reject,
+    Weight,
+    aggregate_to,
+    check_rules,
+    exp_clamped,
+    inside,
+    kept_by,
+    refuse_infinite_advantages,
+    refuse_versions,
+    rule_name,
+    veto,
+)
+from miles.losses.metrics import Metrics, ess_over, max_over, mean_over
 from miles.packed import Packed, tokens_per_sequence
 
-__all__ = ["Correction", "Reject", "Weight", "importance_weights", "truncated_is"]
-
-MAX_LOG_RATIO = 20.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """How a log-ratio becomes a weight."""
-
-    level: Literal["token", "sequence_sum", "sequence_mean"]
-    """Whose ratio: the token's, the sequence's product, or its geometric mean."""
-    mode: Literal["truncate", "clip", "mask"]
-    """`min(rho, high)`; `clamp(rho, low, high)`; or rho inside the bounds, rejected outside."""
-    low: float | None = None
-    """Lower bound of rho; not for `truncate`."""
-    high: float | None = None
-    """Upper bound of rho."""
-
-    def __post_init__(self) -> None:
-        if self.level not in ("token", "sequence_sum", "sequence_mean"):
-            raise SettingError(
-                f"level is {self.level!r}; expected token, sequence_sum or sequence_mean"
-            )
-        if self.mode not in ("truncate", "clip", "mask"):
-            raise SettingError(f"mode is {self.mode!r}; expected truncate, clip or mask")
-        if self.high is None or (self.low is None) != (self.mode == "truncate"):
-            raise SettingError(
-                f"mode={self.mode!r} got low={self.low} and high={self.high}; expected high alone "
-                'for "truncate", both for "clip" and "mask"'
-            )
-        if not 0 <= (self.low or 0.0) <= self.high:
-            raise SettingError(
-                f"got low={self.low} and high={self.high}; expected 0 <= low <= high"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reject:
-    """Leave out a token, or a whole sequence, whose statistic is outside `[low, high]`."""
-
-    level: Literal["token", "sequence_mean", "sequence_sum", "sequence_max", "sequence_min"]
-    """The token itself, or its sequence by this aggregate over trainable tokens."""
-    statistic: Literal["ratio", "k1", "k2", "k3"]
-    """rho; rollout - old; half its square; or rho - 1 - log rho."""
-    low: float | None = None
-    """Lower bound; None for none."""
-    high: float | None = None
-    """Upper bound; None for none."""
-
-    def __post_init__(self) -> None:
-        levels = ("token", "sequence_mean", "sequence_sum", "sequence_max", "sequence_min")
-        if self.level not in levels:
-            raise SettingError(f"level is {self.level!r}; expected one of {levels}")
-        if self.statistic not in ("ratio", "k1", "k2", "k3"):
-            raise SettingError(f"statistic is {self.statistic!r}; expected ratio, k1, k2 or k3")
-        if self.low is None and self.high is None:
-            raise SettingError("Reject has neither low nor high, so it rejects nothing; give one")
+__all__ = [
+    "Correction",
+    "MaxStaleness",
+    "OffPolicyNegative",
+    "Reject",
+    "Weight",
+    "icepop",
+    "importance_weights",
+    "interpolate_proximal",
+    "masked_is",
+    "truncated_is",
+    "veto",
+]
 
 
 @dataclass(frozen=True)
@@ -110,11 +81,24 @@ def importance_weights(
     packed: Packed,
     *,
     weight: Weight | None,
-    reject: Sequence[Reject] = (),
+    reject: Sequence[Reject | OffPolicyNegative | MaxStaleness] = (),
     normalize: Literal["mean"] | None = None,
     group: ProcessGroup | None = None,
+    advantages_T: Tensor | None = None,
+    versions_T: Tensor | None = None,
+    current_version: int | None = None,
 ) -> Correction:
     """Weights `rho = exp(old - rollout)` and rejections, independent of each other.
+
+    The metrics, over the tokens kept unless it says otherwise: `correction/weight_mean`,
+    `correction/weight_max`, `correction/capped` (share with rho above `weight.high`),
+    `correction/ess` (effective sample size of the weights, as a fraction of the tokens),
+    `correction/ess_advantage` (of weight times |advantage|, what the gradient is made of; with
+    `advantages_T`), `correction/kept` (share of the trainable tokens) and, for each rule on its
+    own, the share of the trainable tokens that it keeps: `correction/kept/<level>_<statistic>` of a
+    `Reject`, `correction/kept/off_policy_negative`, `correction/kept/max_staleness`, and
+    `correction/kept/weight` of a weight with `mode="mask"`; a second rule of the same name ends in
+    `_2`. When everything is rejected, `correction/kept` is 0 and means over kept tokens are NaN.
 
     Args:
         old_logprobs_T: float `[T]`, the trainer's at the start of the step.
@@ -125,12 +109,19 @@ def importance_weights(
         normalize: "mean" divides by the mean weight of the kept tokens (or sequences, for a
             sequence-level weight) of the whole step, then caps at `weight.high` again.
         group: data-parallel ranks, for the normalisation.
+        advantages_T: float `[T]`, for `OffPolicyNegative` and `correction/ess_advantage`.
+        versions_T: int64 `[T]`, the weight version that sampled each token, for `MaxStaleness`;
+            -1 means unknown, which no trainable token may be.
+        current_version: the version of the trainer's weights at the start of the step.
 
     Returns:
         A `Correction`; nothing in it carries gradient.
 
     Raises:
         MissingLogprobError: NaN at a trainable token, in either input.
+        NonFiniteError: an advantage that is no finite number at a trainable token.
+        SettingError: a rule without what it needs, versions that no rule uses, or a trainable
+            token whose version is unknown or above `current_version`.
 
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True, True, False]]))
@@ -138,31 +129,55 @@ def importance_weights(
         >>> w = Weight(level="token", mode="truncate", high=2.0)
         >>> importance_weights(old, rollout, packed, weight=w).weights_T.tolist()
         [2.0, 1.0, 0.0]
+        >>> versions = {"versions_T": torch.tensor([3, 5, -1]), "current_version": 5}
+        >>> reject = [MaxStaleness(1)]
+        >>> importance_weights(
+        ...     old, rollout, packed, weight=w, reject=reject, **versions
+        ... ).weights_T.tolist()
+        [0.0, 1.0, 0.0]
     """
     packed.check(old_logprobs_T=old_logprobs_T, rollout_logprobs_T=rollout_logprobs_T)
-    if normalize not in (None, "mean"):
-        raise SettingError(f"normalize is {normalize!r}; expected None or 'mean'")
-    if normalize is not None and weight is None:
-        raise SettingError("normalize has no effect without a weight; give one, or normalize=None")
+    _check_weight(weight, normalize)
+    check_rules(reject, advantages_T, versions_T, current_version)
+    evidence = {
+        "advantages_T": _checked_advantages(advantages_T, packed),
+        "versions_T": _checked_versions(versions_T, packed, current_version),
+    }
     mask_T = packed.mask_T
     x_T = torch.where(mask_T, old_logprobs_T, 0) - torch.where(mask_T, rollout_logprobs_T, 0)
     _refuse_nan(x_T, old_logprobs_T, packed)
 
-    keep_T = mask_T.clone()
+    kept: dict[str, Tensor] = {}
     for rule in reject:
-        keep_T &= _inside(_statistic(x_T, packed, rule), rule.low, rule.high)
-    if weight is None:
-        weights_T = torch.where(keep_T, torch.ones_like(x_T), 0)
-        return Correction(weights_T, keep_T, _metrics(weights_T, keep_T, mask_T, None))
-
-    rho_T = _exp(_aggregate(x_T, packed, weight.level))
-    if weight.mode == "mask":
-        keep_T &= _inside(rho_T, weight.low, weight.high)
-    weights_T = torch.where(keep_T, rho_T.clamp(weight.low, weight.high), 0)
-    if normalize == "mean":
+        kept_T = kept_by(rule, x_T, packed, current_version=current_version, **evidence)
+        kept[_unused(rule_name(rule), kept)] = kept_T
+    rho_T = torch.ones_like(x_T)
+    if weight is not None:
+        rho_T = exp_clamped(aggregate_to(x_T, packed, weight.level))
+        if weight.mode == "mask":
+            kept["weight"] = inside(rho_T, weight.low, weight.high)
+    keep_T = mask_T.clone()
+    for kept_T in kept.values():
+        keep_T &= kept_T
+    weights_T, capped_T = rho_T, torch.zeros_like(keep_T)
+    if weight is not None and weight.high is not None:
+        weights_T, capped_T = rho_T.clamp(weight.low, weight.high), rho_T > weight.high
+    weights_T = torch.where(keep_T, weights_T, 0)
+    if weight is not None and normalize == "mean":
         mean = _mean_weight(weights_T, keep_T, packed, weight.level, group)
         weights_T = (weights_T / mean).clamp(max=weight.high)
-    return Correction(weights_T, keep_T, _metrics(weights_T, keep_T, mask_T, rho_T > weight.high))  # type: ignore[operator]
+
+    metrics: Metrics = {
+        "correction/weight_mean": mean_over(weights_T, keep_T),
+        "correction/weight_max": max_over(weights_T, keep_T),
+        "correction/capped": mean_over(capped_T, keep_T),
+        "correction/ess": ess_over(weights_T, keep_T),
+        "correction/kept": mean_over(keep_T, mask_T),
+    }
+    metrics |= {f"correction/kept/{k}": mean_over(kept_T, mask_T) for k, kept_T in kept.items()}
+    if advantages_T is not None:
+        metrics["correction/ess_advantage"] = ess_over(weights_T * advantages_T.abs(), keep_T)
+    return Correction(weights_T, keep_T, metrics)
 
 
 def truncated_is(
@@ -172,9 +187,162 @@ def truncated_is(
 
     References:
         https://fengyao.notion.site/off-policy-rl (Truncated Importance Sampling, C = 2).
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True]]))
+        >>> old, rollout = torch.tensor([0.0, -1.0]), torch.tensor([-2.0, -1.0])
+        >>> truncated_is(old, rollout, packed).weights_T.tolist()
+        [2.0, 1.0]
     """
     weight = Weight(level="token", mode="truncate", high=high)
     return importance_weights(old_logprobs_T, rollout_logprobs_T, packed, weight=weight)
+
+
+def masked_is(
+    old_logprobs_T: Tensor,
+    rollout_logprobs_T: Tensor,
+    packed: Packed,
+    *,
+    low: float = 0.5,
+    high: float = 2.0,
+    level: Literal["token", "sequence_sum", "sequence_mean"] = "sequence_mean",
+) -> Correction:
+    """MIS: the ratio at `level` where it lies in `[low, high]`; outside, the token is rejected.
+
+    At a sequence level all tokens of a sequence share its ratio and stay or go together.
+
+    References:
+        https://richardli.xyz/rl-collapse (Masked Importance Sampling).
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, True]]))
+        >>> old, rollout = torch.tensor([0.0, 0.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, -4.0, 0.0])
+        >>> masked_is(old, rollout, packed).weights_T.tolist()
+        [1.0, 1.0, 0.0, 0.0]
+    """
+    weight = Weight(level=level, mode="mask", low=low, high=high)
+    return importance_weights(old_logprobs_T, rollout_logprobs_T, packed, weight=weight)
+
+
+def icepop(
+    old_logprobs_T: Tensor,
+    rollout_logprobs_T: Tensor,
+    packed: Packed,
+    *,
+    low: float = 0.5,
+    high: float = 5.0,
+) -> Correction:
+    """IcePop: the token's own ratio where it lies in `[low, high]`; outside, it is rejected.
+
+    References:
+        arXiv 2510.18855 (Ring-1T).
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True]]))
+        >>> old, rollout = torch.tensor([0.0, -1.0]), torch.tensor([-2.0, -1.0])
+        >>> icepop(old, rollout, packed).weights_T.tolist()
+        [0.0, 1.0]
+    """
+    return masked_is(old_logprobs_T, rollout_logprobs_T, packed, low=low, high=high, level="token")
+
+
+@torch.no_grad()
+def interpolate_proximal(
+    behave_logprobs_T: Tensor,
+    current_logprobs_T: Tensor,
+    packed: Packed,
+    *,
+    versions_T: Tensor,
+    proximal_version: int,
+    current_version: int,
+) -> Tensor:
+    """Log-probs of decoupled PPO's proximal policy, without a forward pass of its own.
+
+    Log-linear between the policy that sampled a token and the current one, by weight versions:
+    `behave + a (current - behave)` with `a = (proximal - version) / (current_version - version)`,
+    clamped to `[0, 1]`. A token that the current version sampled, or one at or above the proximal
+    version, keeps its behaviour log-prob. Use the result as `old_logprobs_T`: of the ratio that is
+    clipped (new over proximal), and of `importance_weights` (proximal over behaviour).
+
+    Args:
+        behave_logprobs_T: float `[T]`, of the policy that sampled: the engine's.
+        current_logprobs_T: float `[T]`, of the policy in training.
+        packed: where the tokens live.
+        versions_T: int64 `[T]`, the weight version that sampled each token; -1 means unknown, which
+            no trainable token may be.
+        proximal_version: version of the proximal policy, often `current_version - 1`.
+        current_version: version of the policy in training.
+
+    Returns:
+        `[T]` without gradient; 0 at masked positions.
+
+    Raises:
+        SettingError: `proximal_version` above `current_version`, or a trainable token whose version
+            is unknown or above `current_version`.
+
+    References:
+        Decoupled PPO: arXiv 2110.00641; AReaL: arXiv 2505.24298. The interpolation:
+        https://github.com/inclusionAI/AReaL, docs/algorithms/prox_approx.md ("loglinear").
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True, True]]))
+        >>> behave, current = torch.tensor([-2.0, -2.0, -2.0]), torch.tensor([-1.0, -1.0, -1.0])
+        >>> versions = {"proximal_version": 4, "current_version": 5}
+        >>> interpolate_proximal(
+        ...     behave, current, packed, versions_T=torch.tensor([3, 4, 5]), **versions
+        ... ).tolist()
+        [-1.5, -2.0, -2.0]
+    """
+    packed.check(behave_logprobs_T=behave_logprobs_T, current_logprobs_T=current_logprobs_T)
+    if proximal_version > current_version:
+        raise SettingError(
+            f"proximal_version is {proximal_version}; expected current_version "
+            f"({current_version}) or less"
+        )
+    _checked_versions(versions_T, packed, current_version)
+    mask_T = packed.mask_T
+    behave_T = torch.where(mask_T, behave_logprobs_T, 0)
+    current_T = torch.where(mask_T, current_logprobs_T, 0)
+    lag_T = (current_version - versions_T).clamp(min=1)  # at lag 0 the numerator is 0 or less
+    a_T = ((proximal_version - versions_T) / lag_T).clamp(0, 1).to(behave_T.dtype)
+    between_T = behave_T + a_T * (current_T - behave_T)
+    # At both ends exact, and 0 x inf no NaN; a NaN on the other side still shows.
+    between_T = torch.where((a_T == 0) & ~current_T.isnan(), behave_T, between_T)
+    between_T = torch.where((a_T == 1) & ~behave_T.isnan(), current_T, between_T)
+    return torch.where(mask_T, between_T, 0)
+
+
+def _check_weight(weight: Weight | None, normalize: str | None) -> None:
+    if normalize not in (None, "mean"):
+        raise SettingError(f"normalize is {normalize!r}; expected None or 'mean'")
+    if normalize is not None and weight is None:
+        raise SettingError("normalize has no effect without a weight; give one, or normalize=None")
+
+
+def _checked_advantages(advantages_T: Tensor | None, packed: Packed) -> Tensor | None:
+    if advantages_T is not None:
+        packed.check(advantages_T=advantages_T)
+        refuse_infinite_advantages(advantages_T, packed)
+    return advantages_T
+
+
+def _checked_versions(
+    versions_T: Tensor | None, packed: Packed, current_version: int | None
+) -> Tensor | None:
+    if versions_T is not None and current_version is not None:
+        packed.check(versions_T=versions_T)
+        if versions_T.dtype != torch.int64:
+            raise DtypeError(f"versions_T is {versions_T.dtype}; expected torch.int64")
+        refuse_versions(versions_T, packed, current_version)
+    return versions_T
+
+
+def _unused(name: str, taken: dict[str, Tensor]) -> str:
+    """`name`, or `name_2`, `name_3`, ..., whichever is free."""
+    number = 1
+    while (name if number == 1 else f"{name}_{number}") in taken:
+        number += 1
+    return name if number == 1 else f"{name}_{number}"
 
 
 def _refuse_nan(x_T: Tensor, old_logprobs_T: Tensor, packed: Packed) -> None:
@@ -191,50 +359,6 @@ def _refuse_nan(x_T: Tensor, old_logprobs_T: Tensor, packed: Packed) -> None:
     )
 
 
-def _exp(log_T: Tensor) -> Tensor:
-    return log_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def _inside(values_T: Tensor, low: float | None, high: float | None) -> Tensor:
-    inside_T = torch.ones_like(values_T, dtype=torch.bool)
-    if low is not None:
-        inside_T &= values_T >= low
-    if high is not None:
-        inside_T &= values_T <= high
-    return inside_T
-
-
-def _aggregate(values_T: Tensor, packed: Packed, level: str) -> Tensor:
-    """Per token `[T]`: its own value, or its sequence's sum, mean, max or min."""
-    if level == "token":
-        return values_T
-    if level in ("sequence_sum", "sequence_mean"):
-        values_S = packed.sum_per_sequence(values_T)
-        if level == "sequence_mean":
-            values_S = values_S / tokens_per_sequence(packed).clamp(min=1)
-        return packed.per_token(values_S)
-    sign = 1.0 if level == "sequence_max" else -1.0
-    signed_T = torch.where(packed.mask_T, sign * values_T, -torch.inf)
-    largest_S = signed_T.new_full((packed.num_seqs,), -torch.inf)
-    largest_S.scatter_reduce_(0, packed.seq_ids_T, signed_T, "amax")
-    if packed.seq_group is not None:
-        dist.all_reduce(largest_S, op=dist.ReduceOp.MAX, group=packed.seq_group)
-    return sign * packed.per_token(largest_S)
-
-
-def _statistic(x_T: Tensor, packed: Packed, rule: Reject) -> Tensor:
-    if rule.statistic == "ratio":  # exp is monotonic, so it commutes with max and min
-        return _exp(_aggregate(x_T, packed, rule.level))
-    if rule.statistic == "k1":
-        values_T = -x_T
-    elif rule.statistic == "k2":
-        values_T = x_T**2 / 2
-    else:
-        clamped_T = x_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        values_T = clamped_T.expm1() - clamped_T
-    return _aggregate(values_T, packed, rule.level)
-
-
 def _mean_weight(
     weights_T: Tensor, keep_T: Tensor, packed: Packed, level: str, group: ProcessGroup | None
 ) -> Tensor:
@@ -247,14 +371,3 @@ def _mean_weight(
         dist.all_reduce(total, group=group)
     mean = total[0] / total[1].clamp(min=1)
     return torch.where(mean > 0, mean, 1.0).to(weights_T.dtype)
-
-
-def _metrics(weights_T: Tensor, keep_T: Tensor, mask_T: Tensor, capped_T: Tensor | None) -> Metrics:
-    if capped_T is None:
-        capped_T = torch.zeros_like(keep_T)
-    return {
-        "correction/weight_mean": mean_over(weights_T, keep_T),
-        "correction/weight_max": max_over(weights_T, keep_T),
-        "correction/capped": mean_over(capped_T, keep_T),
-        "correction/kept": mean_over(keep_T, mask_T),
-    }

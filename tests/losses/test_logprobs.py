@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from miles.errors import DtypeError, SettingError, ShapeError
-from miles.losses import token_logprobs
+from miles.losses.logprobs import token_logprobs
 
 T, V = 6, 11
 
@@ -106,11 +106,56 @@ def test_large_logits_do_not_overflow():
 
 
 def test_temperature_scales_the_logits_and_not_the_logprob():
+    """prime-rl PR 697 divided the log-prob by the temperature."""
     logits = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
     targets = torch.tensor([0])
     got = token_logprobs(logits, targets, temperature=2.0)
     torch.testing.assert_close(got, token_logprobs(logits / 2, targets))
     assert not torch.isclose(got, token_logprobs(logits, targets) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_temperature_for_each_token_equals_token_by_token(dtype):
+    logits, targets = random_logits(dtype)
+    targets[3] = -100
+    temperature = torch.linspace(0.3, 2.5, T)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    got = token_logprobs(ours, targets, temperature=temperature)
+    expected = torch.cat(
+        [
+            token_logprobs(theirs[i : i + 1], targets[i : i + 1], temperature=x.item())
+            for i, x in enumerate(temperature)
+        ]
+    )
+    got.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+def test_the_temperature_of_an_ignored_row_is_not_looked_at():
+    logits, targets = random_logits()
+    targets[3] = -100
+    logits.requires_grad_()
+    temperature = torch.ones(T).index_fill(0, torch.tensor([3]), 0.0)
+    token_logprobs(logits, targets, temperature=temperature).sum().backward()
+    assert (logits.grad[3] == 0).all() and logits.grad.isfinite().all()
+
+
+def test_one_temperature_in_a_tensor_is_that_of_all():
+    logits, targets = random_logits()
+    got = token_logprobs(logits, targets, temperature=torch.tensor(0.5))
+    assert torch.equal(got, token_logprobs(logits, targets, temperature=0.5))
+
+
+def test_bf16_logits_do_not_give_bf16_logprobs():
+    """TRL's selective_log_softmax returned bf16 log-probs: wrong by up to 0.042 nats."""
+    rng = torch.Generator().manual_seed(0)
+    logits = (torch.randn(64, 1000, generator=rng) * 2).bfloat16()
+    targets = torch.randint(0, 1000, (64,), generator=rng)
+    exact = reference(logits, targets)
+    assert (token_logprobs(logits, targets) - exact).abs().max() < 1e-5
+    assert (exact.bfloat16() - exact).abs().max() > 0.01
 
 
 def test_no_tokens():
@@ -126,6 +171,11 @@ def test_no_tokens():
         (DtypeError, "torch.float32; expected.*int64", {"targets_T": torch.zeros(T)}),
         (SettingError, r"temperature is 0.*above 0", {"temperature": 0.0}),
         (SettingError, r"temperature is nan.*above 0", {"temperature": float("nan")}),
+        (SettingError, r"temperature is -0.5.*above 0", {"temperature": -0.5}),
+        (SettingError, r"is \[0.0, .*at tokens \[0, 1, 2", {"temperature": torch.zeros(T)}),
+        (SettingError, r"is \[nan, .*above 0", {"temperature": torch.full((T,), torch.nan)}),
+        (ShapeError, r"temperature.*\(11,\); expected", {"temperature": torch.ones(V)}),
+        (DtypeError, "temperature is torch.int64", {"temperature": torch.ones(T).long()}),
         (SettingError, r"holds \[11, .*expected 0\.\.10", {"targets_T": torch.full((T,), V)}),
         (SettingError, r"holds \[-1, .*or -100", {"targets_T": torch.full((T,), -1)}),
     ],

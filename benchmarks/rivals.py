@@ -1,0 +1,150 @@
+"""The loss code of TRL and verl, out of their installed packages, as functions of tensors.
+
+    pip install --no-deps trl==1.16.0 verl==0.9.1
+
+Both import much that their loss functions never use (ray, datasets, ...). What of that is not
+installed is replaced by empty stand-ins, for the time of the import.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+import types
+import warnings
+from collections import defaultdict
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor
+
+UNUSED = (
+    "ray", "pandas", "datasets", "tensordict", "accelerate", "omegaconf", "hydra", "codetiming",
+    "orjson", "pyarrow",
+)  # fmt: skip
+
+
+class _StandIn(types.ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            return type(name, (), {"__class_getitem__": classmethod(lambda cls, item: cls)})
+        return MagicMock(name=name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.split(".")[0] in self.names:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> _StandIn:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: Any) -> None:
+        """Nothing is in it."""
+
+
+def _load(module: str) -> Any:
+    finder = _Finder({name for name in UNUSED if importlib.util.find_spec(name) is None})
+    sys.meta_path.append(finder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+class Verl:
+    """verl's `core_algos`."""
+
+    def __init__(self) -> None:
+        self.algos = _load("verl.trainer.ppo.core_algos")
+        self.name = f"verl {version('verl')}"
+
+    def policy_loss(
+        self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, weights: Tensor | None,
+        ref: Tensor | None = None, kl_coef: float = 0.0, loss: str = "vanilla",
+        mode: str = "token-mean", low: float = 0.2, high: float = 0.2, num_tokens: int,
+        dual_clip: float = 1e9, extra: dict[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Everything is `[B, L]`; its dual clip, on by default, is out of the way here."""
+        info = {
+            "dp_size": 1,
+            "batch_num_tokens": num_tokens,
+            "global_batch_size": new.shape[0],
+            "loss_scale_factor": None,
+        }
+        settings = {"clip_ratio_c": dual_clip} | (extra or {})
+        config = types.SimpleNamespace(
+            clip_ratio=low, clip_ratio_low=low, clip_ratio_high=high, global_batch_info=info,
+            get=lambda key, default=None: settings.get(key, default), **settings,
+        )  # fmt: skip
+        value, _ = self.algos.POLICY_LOSS_REGISTRY[loss](
+            old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask,
+            loss_agg_mode=mode, config=config, rollout_is_weights=weights,
+        )  # fmt: skip
+        if ref is not None:
+            kl = self.algos.kl_penalty(new, ref, "low_var_kl")
+            value = value + kl_coef * self.algos.agg_loss(
+                loss_mat=kl, loss_mask=mask, loss_agg_mode=mode, **info
+            )
+        return value
+
+
+class Trl:
+    """`GRPOTrainer._compute_loss`, with log-probs in place of a model."""
+
+    def __init__(self) -> None:
+        self.trainer = _load("trl.trainer.grpo_trainer").GRPOTrainer
+        self.name = f"TRL {version('trl')}"
+
+    def policy_loss(
+        self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, weights: Tensor | None,
+        ref: Tensor | None = None, kl_coef: float = 0.0, loss: str = "dapo", low: float = 0.2,
+        high: float = 0.2, num_tokens: int, level: str = "token", delta: float | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
+        same = lambda tensor, **_: tensor  # noqa: E731
+        args = types.SimpleNamespace(
+            delta=delta, use_bias_correction_kl=False, steps_per_generation=1,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **(extra or {}),
+        )  # fmt: skip
+        this = types.SimpleNamespace(
+            _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros_like(old), None),
+            top_entropy_quantile=1.0, aux_loss_enabled=False, off_policy_mask_threshold=None,
+            importance_sampling_level=level, beta=kl_coef, loss_type=loss, epsilon_low=low,
+            epsilon_high=high, use_vllm=weights is not None,
+            vllm_importance_sampling_correction=weights is not None, args=args,
+            model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
+            max_completion_length=new.shape[1], _entropy_bonus_enabled=False,
+            _metrics={"train": defaultdict(list)},
+            accelerator=types.SimpleNamespace(gather=same, reduce=same, num_processes=1),
+        )  # fmt: skip
+        ids = torch.zeros_like(mask, dtype=torch.int64)
+        inputs = {
+            "prompt_ids": ids[:, :0], "prompt_mask": ids[:, :0], "completion_ids": ids,
+            "completion_mask": mask, "advantages": advantages, "old_per_token_logps": old,
+            "num_items_in_batch": torch.tensor(float(num_tokens), device=new.device),
+        }  # fmt: skip
+        if weights is not None:
+            inputs["importance_sampling_ratio"] = weights
+        if ref is not None:
+            inputs["ref_per_token_logps"] = ref
+        value: Tensor = self.trainer._compute_loss(this, None, inputs)
+        return value

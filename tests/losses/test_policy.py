@@ -1,0 +1,130 @@
+"""`policy_loss`: every backend is the composition of the parts, in value and in gradient."""
+
+import itertools
+
+import pytest
+import torch
+
+from miles import Packed, count
+from miles.errors import DenominatorError, SettingError, ShapeError
+from miles.losses import policy_loss, policy_loss_backend, reduce_metrics, truncated_is
+from tests.steps import random_step
+
+MODES = [
+    ("token_mean", None),
+    ("seq_mean_token_mean", None),
+    ("seq_mean_token_sum", None),
+    ("constant", 16.0),
+    ("group_mean", None),
+    ("sum", None),
+]
+
+
+def run(step, backend, dtype=torch.float64, device="cpu", *, mode="token_mean", constant=None,
+        corrected=True, count_rejected=True, kl=True, dual_clip=None):  # fmt: skip
+    packed = step.packed.to(device)
+    new, old, rollout, ref, advantages = (
+        x.to(device, dtype)
+        for x in (step.logprobs_T, step.old_T, step.rollout_T, step.ref_T, step.advantages_T)
+    )
+    leaf = new.clone().requires_grad_()
+    correction, keep_T = None, None
+    if corrected:
+        correction = truncated_is(old, rollout, packed)
+        rejected = torch.arange(len(new), device=device) % 5 == 3
+        correction.keep_T.logical_and_(~rejected)
+        correction.weights_T.mul_(~rejected)
+        keep_T = None if count_rejected else correction.keep_T
+    loss, metrics = policy_loss(
+        leaf, old, advantages, packed, count(packed, keep_T=keep_T), mode=mode, constant=constant,
+        correction=correction, count_rejected=count_rejected, dual_clip=dual_clip,
+        ref_logprobs_T=ref if kl else None, kl_coef=0.1 if kl else 0.0, averaged_over=2,
+        backend=backend,
+    )  # fmt: skip
+    (3 * loss).backward()
+    values = {key: value.item() for key, value in reduce_metrics(metrics).items()}
+    return loss.item(), leaf.grad.cpu(), values
+
+
+def assert_equal(step, backend, *, device="cpu", dtype=torch.float64, rtol=1e-12, **settings):
+    expected = run(step, "reference", **settings)
+    loss, gradient_T, values = run(step, backend, dtype, device, **settings)
+    assert loss == pytest.approx(expected[0], rel=rtol, abs=rtol)
+    torch.testing.assert_close(gradient_T.double(), expected[1], rtol=rtol, atol=rtol)
+    assert values == pytest.approx(expected[2], rel=rtol, abs=rtol)
+
+
+def test_compiled_is_the_composition():
+    for seed, (mode, constant) in enumerate(MODES):
+        assert_equal(random_step(seed), "compiled", mode=mode, constant=constant, dual_clip=3.0)
+    assert_equal(random_step(7), "compiled", count_rejected=False)
+    assert_equal(random_step(8), "compiled", corrected=False, kl=False)
+
+
+def test_it_is_invariant_to_the_split():
+    step = random_step(3)
+    whole = run(step, "reference")[0]
+    assert whole == run(step, "auto")[0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_what_is_broken_at_a_trained_token_shows(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    old = torch.zeros(2)
+    leaf = torch.tensor([float("nan"), 0.0], requires_grad=True)
+    loss, metrics = policy_loss(leaf, old, torch.ones(2), packed, count(packed), backend=backend)
+    assert loss.isnan() and reduce_metrics(metrics)["ratio/max"].isnan()
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_a_clipped_token_of_infinite_ratio_sends_back_nothing(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    leaf = torch.tensor([800.0, 0.0], requires_grad=True)
+    loss, _ = policy_loss(
+        leaf, torch.zeros(2), torch.ones(2), packed, count(packed), backend=backend
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.1) and leaf.grad.tolist() == [0.0, -0.5]
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_an_empty_micro_batch_adds_nothing(backend):
+    packed = Packed.from_padded(torch.zeros(1, 3, dtype=torch.bool))
+    other = count(Packed.from_padded(torch.ones(1, 3, dtype=torch.bool)))
+    leaf = torch.full((3,), float("nan"), requires_grad=True)
+    loss, _ = policy_loss(leaf, leaf.detach(), torch.ones(3), packed, other, backend=backend)
+    loss.backward()
+    assert loss.item() == 0 and leaf.grad.tolist() == [0.0] * 3
+
+
+def test_bad_settings_are_refused():
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    x, denominators = torch.zeros(2), count(packed)
+    with pytest.raises(SettingError, match="expected auto, reference"):
+        policy_loss(x, x, x, packed, denominators, backend="fast")
+    with pytest.raises(SettingError, match="expected float32 on cuda"):
+        policy_loss(x, x, x, packed, denominators, backend="triton")
+    with pytest.raises(SettingError, match="both or neither"):
+        policy_loss(x, x, x, packed, denominators, kl_coef=0.1)
+    with pytest.raises(ShapeError, match="advantages_T"):
+        policy_loss(x, x, torch.zeros(1), packed, denominators)
+    for backend in ("reference", "compiled"):
+        with pytest.raises(SettingError, match="absolute ratios"):
+            policy_loss(x, x, x, packed, denominators, ratio_max=0.28, backend=backend)
+    correction = truncated_is(x, x, packed)
+    with pytest.raises(DenominatorError, match="count_rejected=False"):
+        policy_loss(
+            x, x, x, packed, denominators, correction=correction, count_rejected=False,
+            backend="compiled",
+        )  # fmt: skip
+
+
+def test_it_says_which_backend_it_takes_and_why():
+    assert policy_loss_backend(torch.zeros(1), backend="compiled") == (
+        "compiled",
+        "asked for by name",
+    )
+    kinds = itertools.product([torch.bfloat16, torch.float64], ["auto"])
+    for dtype, backend in kinds:
+        chosen, why = policy_loss_backend(torch.zeros(1, dtype=dtype), backend=backend)
+        assert chosen == "reference" and str(dtype).removeprefix("torch.") in why
