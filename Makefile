@@ -9,7 +9,7 @@ demo: .venv/examples
 	$(BIN)/python examples/grpo_loop.py --out runs/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/dev
 	$(BIN)/ruff check .

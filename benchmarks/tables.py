@@ -1,4 +1,4 @@
-"""Write the README's benchmark tables anew from the CSVs.
+"""Write the benchmark tables of README and docs anew from the CSVs.
 
     python benchmarks/tables.py
 
@@ -38,7 +38,23 @@ def engine_throughput() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"engine_throughput": engine_throughput}
+def losses() -> str:
+    """Milliseconds of each library, one line a task and hardware."""
+    lines = ["| task | hardware, date | library | ms | times ours |", "|---|---|---|---|---|"]
+    ours: dict[tuple[str, str], float] = {}
+    for row in rows("losses"):
+        key = (row["task"], f"{row['hardware']}, {row['date']}")
+        if row["library"].startswith("miles"):
+            ours[key] = min(ours.get(key, float("inf")), float(row["ms"]))
+    for row in rows("losses"):
+        key = (row["task"], f"{row['hardware']}, {row['date']}")
+        ms = float(row["ms"])
+        lines.append(f"| {key[0]} | {key[1]} | {row['library']} | {ms:.3g} | {ms / ours[key]:.3g} |")
+    return "\n".join(lines)
+
+
+TABLES = {"engine_throughput": engine_throughput, "losses": losses}
+FILES = [HERE.parent / "README.md", HERE.parent / "docs" / "losses.md"]
 
 
 def fill(text: str) -> str:
@@ -50,5 +66,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = HERE.parent / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for file in FILES:
+        file.write_text(fill(file.read_text()))
