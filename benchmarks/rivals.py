@@ -71,29 +71,35 @@ def version(package: str) -> str:
 
 
 class Verl:
-    """verl's `core_algos`."""
+    """verl's `core_algos`, and `rollout_corr_helper` as `corrections`."""
 
     def __init__(self) -> None:
         self.algos = _load("verl.trainer.ppo.core_algos")
+        self.corrections = _load("verl.trainer.ppo.rollout_corr_helper")
+        self.config = _load("verl.workers.config")
         self.name = f"verl {version('verl')}"
 
     def policy_loss(
         self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, weights: Tensor | None,
         ref: Tensor | None = None, kl_coef: float = 0.0, loss: str = "vanilla",
         mode: str = "token-mean", low: float = 0.2, high: float = 0.2, num_tokens: int,
-        dual_clip: float = 1e9, extra: dict[str, Any] | None = None,
+        dual_clip: float = 1e9, num_seqs: int | None = None, **policy: Any,
     ) -> Tensor:  # fmt: skip
-        """Everything is `[B, L]`; its dual clip, on by default, is out of the way here."""
+        """Everything is `[B, L]`; its dual clip, on by default, is out of the way here.
+
+        `num_tokens` and `num_seqs` (B without it) are those of the whole step; `policy` goes into
+        its `PolicyLossConfig`.
+        """
         info = {
             "dp_size": 1,
             "batch_num_tokens": num_tokens,
-            "global_batch_size": new.shape[0],
+            "global_batch_size": num_seqs or new.shape[0],
             "loss_scale_factor": None,
         }
-        settings = {"clip_ratio_c": dual_clip} | (extra or {})
-        config = types.SimpleNamespace(
-            clip_ratio=low, clip_ratio_low=low, clip_ratio_high=high, global_batch_info=info,
-            get=lambda key, default=None: settings.get(key, default), **settings,
+        config = self.config.ActorConfig(
+            strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=low, clip_ratio_low=low,
+            clip_ratio_high=high, clip_ratio_c=dual_clip, global_batch_info=info,
+            policy_loss=self.config.PolicyLossConfig(**policy),
         )  # fmt: skip
         value, _ = self.algos.POLICY_LOSS_REGISTRY[loss](
             old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask,
@@ -118,21 +124,26 @@ class Trl:
         self, new: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, weights: Tensor | None,
         ref: Tensor | None = None, kl_coef: float = 0.0, loss: str = "dapo", low: float = 0.2,
         high: float = 0.2, num_tokens: int, level: str = "token", delta: float | None = None,
-        extra: dict[str, Any] | None = None,
+        bias_correction: bool = False, off_policy: float | None = None,
+        sampling: Tensor | None = None, splits: int = 1,
     ) -> Tensor:  # fmt: skip
+        """`splits` micro-batches make a step; `num_tokens` is that of the whole step."""
         same = lambda tensor, **_: tensor  # noqa: E731
         args = types.SimpleNamespace(
-            delta=delta, use_bias_correction_kl=False, steps_per_generation=1,
-            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **(extra or {}),
+            delta=delta, use_bias_correction_kl=bias_correction, steps_per_generation=splits,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
         )  # fmt: skip
         this = types.SimpleNamespace(
             _get_per_token_logps_and_entropies=lambda *_, **__: (new, torch.zeros_like(old), None),
-            top_entropy_quantile=1.0, aux_loss_enabled=False, off_policy_mask_threshold=None,
+            top_entropy_quantile=1.0, aux_loss_enabled=False, off_policy_mask_threshold=off_policy,
             importance_sampling_level=level, beta=kl_coef, loss_type=loss, epsilon_low=low,
             epsilon_high=high, use_vllm=weights is not None,
             vllm_importance_sampling_correction=weights is not None, args=args,
-            model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
+            model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=splits,
             max_completion_length=new.shape[1], _entropy_bonus_enabled=False,
+            get_gamma_weights=self.trainer.get_gamma_weights,
+            get_off_policy_mask=self.trainer.get_off_policy_mask,
             _metrics={"train": defaultdict(list)},
             accelerator=types.SimpleNamespace(gather=same, reduce=same, num_processes=1),
         )  # fmt: skip
@@ -144,6 +155,8 @@ class Trl:
         }  # fmt: skip
         if weights is not None:
             inputs["importance_sampling_ratio"] = weights
+        if sampling is not None:
+            inputs["sampling_per_token_logps"] = sampling
         if ref is not None:
             inputs["ref_per_token_logps"] = ref
         value: Tensor = self.trainer._compute_loss(this, None, inputs)
