@@ -49,7 +49,8 @@ def losses() -> str:
     for row in rows("losses"):
         key = (row["task"], f"{row['hardware']}, {row['date']}")
         ms = float(row["ms"])
-        lines.append(f"| {key[0]} | {key[1]} | {row['library']} | {ms:.3g} | {ms / ours[key]:.3g} |")
+        cells = [*key, row["library"], f"{ms:.3g}", f"{ms / ours[key]:.3g}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
