@@ -1,6 +1,10 @@
 """`policy_loss`: every backend is the composition of the parts, in value and in gradient."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,10 +65,14 @@ def test_compiled_is_the_composition():
     assert_equal(random_step(8), "compiled", corrected=False, kl=False)
 
 
-def test_it_is_invariant_to_the_split():
-    step = random_step(3)
-    whole = run(step, "reference")[0]
-    assert whole == run(step, "auto")[0]
+def test_the_triton_kernel_under_the_interpreter_is_the_closed_form():
+    pytest.importorskip("triton")
+    script = Path(__file__).parent / "interpreted_policy.py"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
