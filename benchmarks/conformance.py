@@ -244,7 +244,7 @@ INTRODUCTION = """# Conformance
 
 Which setting of `miles.losses` equals which of {versions}.
 Written by `benchmarks/conformance.py`, which runs both on random padded batches of 12 sequences
-with holes in the mask, in float64 on the CPU, and fails when a row no longer holds.
+with holes in the mask, in float64 on the CPU, and fails, when it is run, if a row no longer holds.
 
 `value` and `gradient` are the norm of the difference by the larger norm of the two. A row without
 a remark is equal to 1e-12; what differs is asserted to differ. In a line of ours, all is laid out

@@ -8,8 +8,8 @@ The loss is GRPO's clip with token-level importance weights and the k3 penalty o
 `[128, 8192]` in float32, a fifth of it masked (and `[2048, 8192]`, on a GPU), averaged over tokens,
 with each library's own readings, forward and backward. TRL's and verl's read some of theirs back
 (`.item()`) as part of it; that is how they are called. On a GPU, ours is timed as called and as a
-replayed CUDA graph, beside a copy of the bytes it cannot avoid (each input once, the gradient once)
-at the bandwidth of a large copy in the same run.
+replayed CUDA graph, beside its floor: the bytes it cannot avoid (each input once, the gradient once) over
+the bandwidth of a large copy in the same run.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main(config: Config) -> None:
         if on_gpu and task.startswith("policy loss"):
             # 5 float inputs, mask and keep of one byte, and the gradient.
             floor = (2**24 if "16M" in task else 2**20) * (6 * 4 + 2) / bandwidth
-            results.append((task, "a copy of as many bytes", [floor] * 2))
+            results.append((task, "floor: bytes / copy bandwidth", [floor] * 2))
     report(config, results)
 
 

@@ -271,61 +271,63 @@ PARAMETERS = {
     "miles.losses.whiten": "values_T mask_T * group ddof eps mean",
     "miles.losses.presets.cispo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction averaged_over"
+        "correction count_rejected averaged_over"
     ),
     "miles.losses.presets.dapo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction averaged_over"
+        "correction count_rejected averaged_over"
     ),
     "miles.losses.presets.decoupled_ppo": (
-        "logprobs_T proximal_logprobs_T advantages_T packed denominators * correction ratio_min "
-        "ratio_max averaged_over"
+        "logprobs_T proximal_logprobs_T advantages_T packed denominators * correction "
+        "count_rejected ratio_min ratio_max averaged_over"
     ),
     "miles.losses.presets.dr_grpo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * max_tokens ratio_min "
-        "ratio_max correction averaged_over"
+        "ratio_max correction count_rejected averaged_over"
     ),
     "miles.losses.presets.gmpo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * log_min log_max correction "
-        "averaged_over"
+        "count_rejected averaged_over"
     ),
     "miles.losses.presets.grpo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction ref_logprobs_T kl_coef averaged_over"
+        "correction count_rejected ref_logprobs_T kl_coef averaged_over"
     ),
     "miles.losses.presets.gspo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction averaged_over"
+        "correction count_rejected averaged_over"
     ),
     "miles.losses.presets.gspo_token": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction averaged_over"
+        "correction count_rejected averaged_over"
     ),
     "miles.losses.presets.on_policy_distillation": (
-        "logprobs_T teacher_logprobs_T packed denominators * coef correction averaged_over"
+        "logprobs_T teacher_logprobs_T packed denominators * coef correction count_rejected "
+        "averaged_over"
     ),
     "miles.losses.presets.ppo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * values_T old_values_T "
-        "returns_T value_coef value_clip ratio_min ratio_max dual_clip correction averaged_over"
+        "returns_T value_coef value_clip ratio_min ratio_max dual_clip correction count_rejected "
+        "averaged_over"
     ),
     "miles.losses.presets.reinforce_plus_plus": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction averaged_over"
+        "correction count_rejected averaged_over"
     ),
     "miles.losses.presets.reinforce_plus_plus_baseline": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
-        "correction ref_logprobs_T kl_coef averaged_over"
+        "correction count_rejected ref_logprobs_T kl_coef averaged_over"
     ),
     "miles.losses.presets.rloo": (
-        "logprobs_T advantages_T packed denominators * correction averaged_over"
+        "logprobs_T advantages_T packed denominators * correction count_rejected averaged_over"
     ),
     "miles.losses.presets.sapo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * tau_pos tau_neg correction "
-        "averaged_over"
+        "count_rejected averaged_over"
     ),
     "miles.losses.presets.vapo": (
         "logprobs_T old_logprobs_T advantages_T packed denominators * right_S right_denominators "
-        "nll_coef ratio_min ratio_max correction averaged_over"
+        "nll_coef ratio_min ratio_max correction count_rejected averaged_over"
     ),
     "miles.moe.RoutingTape": "expert_ids * num_experts",
     "miles.moe.RoutingTape.cat": "tapes",

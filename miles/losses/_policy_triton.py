@@ -6,6 +6,7 @@ tiny kernel adds the rows, in float64 and in their order, so that the result is 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -62,13 +63,16 @@ def _kernel(
             base = base * tl.load(per_sequence + seq, mask=trained, other=0.0).to(tl.float32)
         kept = base
         if KEEP:
-            kept = tl.where(tl.load(keep + at, mask=trained, other=0) != 0, base, 0.0)
+            kept_flag = tl.load(keep + at, mask=trained, other=0)
+            kept = tl.where(kept_flag != 0, base, 0.0)
         coefficient = kept
         if WEIGHTS:
             coefficient = kept * tl.load(weights + at, mask=kept != 0, other=0.0)
-        live = coefficient != 0
-        loss_sum += tl.where(live, loss * coefficient, 0.0)
-        grad = tl.where(live, slope * coefficient, 0.0)
+        active = trained
+        if KEEP:
+            active = trained & (kept_flag != 0)
+        loss_sum += tl.where(active, loss * coefficient, 0.0)
+        grad = tl.where(coefficient != 0, slope * coefficient, 0.0)
         if REF:
             d = new - tl.load(ref + at, mask=trained, other=0.0)
             kl_weight = kl_coef * kept
@@ -154,16 +158,17 @@ def one_pass(
 
     mask_bytes = mask_T.contiguous().view(torch.uint8)
     keep_bytes = mask_bytes if keep_T is None else keep_T.contiguous().view(torch.uint8)
-    _kernel[(programs,)](
-        logprobs_T.contiguous(), floats(old_T), floats(advantages_T), mask_bytes,
-        seq_ids_T, divisor, divisor if per_sequence_S is None else per_sequence_S,
-        floats(weights_T), keep_bytes, floats(ref_T), gradient_T, partials,
-        num_tokens, factor, kl_coef, ratio_min, ratio_max, dual_clip,
-        PER_SEQUENCE=per_sequence_S is not None, WEIGHTS=weights_T is not None,
-        KEEP=keep_T is not None, REF=ref_T is not None, KL_REJECTED=kl_rejected,
-        BLOCK=BLOCK, PROGRAMS=PROGRAMS, NUM_SUMS=NUM_SUMS, num_warps=WARPS,
-    )  # fmt: skip
-    _finish[(1,)](partials, totals, loss, programs, ROWS=PROGRAMS, NUM_SUMS=NUM_SUMS)
+    with on_device(logprobs_T):
+        _kernel[(programs,)](
+            logprobs_T.contiguous(), floats(old_T), floats(advantages_T), mask_bytes,
+            seq_ids_T.contiguous(), divisor, divisor if per_sequence_S is None else per_sequence_S,
+            floats(weights_T), keep_bytes, floats(ref_T), gradient_T, partials,
+            num_tokens, factor, kl_coef, ratio_min, ratio_max, dual_clip,
+            PER_SEQUENCE=per_sequence_S is not None, WEIGHTS=weights_T is not None,
+            KEEP=keep_T is not None, REF=ref_T is not None, KL_REJECTED=kl_rejected,
+            BLOCK=BLOCK, PROGRAMS=PROGRAMS, NUM_SUMS=NUM_SUMS, num_warps=WARPS,
+        )  # fmt: skip
+        _finish[(1,)](partials, totals, loss, programs, ROWS=PROGRAMS, NUM_SUMS=NUM_SUMS)
     return loss, gradient_T, totals, totals[6]
 
 
@@ -178,7 +183,13 @@ def times(values_T: Tensor, factor: Tensor) -> Tensor:
     """`values_T * factor` for a 0-d factor, which torch does not do in wide loads."""
     out = torch.empty_like(values_T)
     num_tokens = values_T.shape[0]
-    _times[(max(1, triton.cdiv(num_tokens, 2048)),)](
-        values_T, factor, out, num_tokens, BLOCK=2048, num_warps=4
-    )
+    with on_device(values_T):
+        _times[(max(1, triton.cdiv(num_tokens, 2048)),)](
+            values_T, factor, out, num_tokens, BLOCK=2048, num_warps=4
+        )
     return out
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Launch where the tensor is, not on the current device (the interpreter has none)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

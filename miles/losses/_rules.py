@@ -72,6 +72,16 @@ class Reject:
             raise SettingError(f"level is {self.level!r}; expected one of {levels}")
         if self.statistic not in ("ratio", "k1", "k2", "k3"):
             raise SettingError(f"statistic is {self.statistic!r}; expected ratio, k1, k2 or k3")
+        bounds = [x for x in (self.low, self.high) if x is not None]
+        if bounds != sorted(bounds) or any(math.isnan(x) for x in bounds):
+            raise SettingError(f"got low={self.low} and high={self.high}; expected low <= high")
+        limit = math.exp(MAX_LOG_RATIO)
+        never = (self.low is not None and self.low <= 1 / limit) or (self.high or 0.0) >= limit
+        if self.statistic == "ratio" and never:
+            raise SettingError(
+                f"got low={self.low} and high={self.high} for a ratio, which is clamped to "
+                f"{1 / limit:.3g} to {limit:.3g}; expected bounds within, others never reject"
+            )
         if self.low is None and self.high is None:
             raise SettingError("Reject has neither low nor high, so it rejects nothing; give one")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from miles.errors import DtypeError, EmptyBatchError, NonFiniteError, SettingError, ShapeError
-from miles.losses.returns import moments
+from miles.losses._selection import ranks_of_step, sum_over
+from miles.losses.returns import check_spread, moments
 from miles.packed import Packed
 
 __all__ = [
@@ -82,6 +83,7 @@ def group_advantages(
         [0.5, -0.5, 0.0, 0.0]
     """
     _check_choices(baseline, scale, singleton)
+    check_spread(ddof, eps)
     _check_rewards(rewards_S, group_ids_S, group)
     _check_lengths(lengths_S, rewards_S, baseline)
     scored_S = ~rewards_S.isnan()
@@ -113,7 +115,8 @@ def group_advantages(
         advantages_S = advantages_S * groups.spread(inverse_G)
     elif scale == "batch_std":
         _, _, variance = moments(reward_S, scored_S, group=group, ddof=ddof)
-        advantages_S = advantages_S / (variance.sqrt() + eps)
+        # Equal rewards have no spread to divide by, and 0 / eps is all that is left of them.
+        advantages_S = torch.where(variance > 0, advantages_S / (variance.sqrt() + eps), 0)
 
     kept_S = scored_S
     if baseline != "none" or scale in ("group_std", "group_mean"):
@@ -159,8 +162,8 @@ def passk_advantages(
         [0.7071067690849304, -0.3535533845424652, -0.3535533845424652]
     """
     _check_rewards(rewards_S, group_ids_S, None)
-    if k < 1:
-        raise SettingError(f"k is {k}; expected 1 or more")
+    if not isinstance(k, int) or k < 1:
+        raise SettingError(f"k is {k!r}; expected 1 or more, a whole number")
     scored_S = ~rewards_S.isnan()
     right_S = scored_S & (rewards_S > threshold)
     groups = _Groups(group_ids_S)
@@ -230,6 +233,8 @@ def multi_reward_advantages(
         raise SettingError(f"how is {how!r}; expected normalize_then_sum or sum_then_normalize")
     if final not in ("batch", "none"):
         raise SettingError(f"final is {final!r}; expected batch or none")
+    if not rewards_SR.is_floating_point():
+        raise DtypeError(f"rewards_SR is {rewards_SR.dtype}; expected floating point")
     columns = rewards_SR.to(torch.float64).unbind(1)
     if weights_R is None:
         weights_R = torch.ones(len(columns))
@@ -310,9 +315,7 @@ def distill_advantages(
     advantages_T = coef * (teacher_T - student_T)
     if center:
         totals = torch.stack([advantages_T.sum(), mask_T.sum().to(torch.float64)])
-        for ranks in (packed.seq_group, group):
-            if ranks is not None:
-                dist.all_reduce(totals, group=ranks)
+        totals = sum_over(totals, ranks_of_step(packed, group))
         advantages_T = advantages_T - totals[0] / totals[1].clamp(min=1)
     if base_advantages_T is not None:
         packed.check(base_advantages_T=base_advantages_T)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from miles.errors import DenominatorError, SettingError
+from miles.errors import DenominatorError, DtypeError, SettingError
 from miles.packed import Denominators, Packed, tokens_per_sequence
 
 __all__ = ["aggregate", "token_weights"]
@@ -134,6 +134,8 @@ def factors(
     _check(denominators, mode, keep_T, count_rejected, constant, averaged_over)
     if keep_T is not None:
         packed.check(keep_T=keep_T)
+        if keep_T.dtype != torch.bool:
+            raise DtypeError(f"keep_T is {keep_T.dtype}; expected torch.bool")
     if mode == "group_mean" and (packed.group_ids_S is None or denominators.group_tokens_G is None):
         raise DenominatorError(
             'mode="group_mean" needs group_ids_S in the Packed and in what count() saw; got none'
@@ -152,7 +154,13 @@ def factors(
         tokens_S = tokens_per_sequence(packed, None if count_rejected else keep_T)
     elif mode == "group_mean":
         assert packed.group_ids_S is not None and denominators.group_tokens_G is not None
-        tokens_S = denominators.group_tokens_G[packed.group_ids_S]
+        ids_S, num_groups = packed.group_ids_S, len(denominators.group_tokens_G)
+        if ids_S.device.type == "cpu" and ids_S.numel() and int(ids_S.max()) >= num_groups:
+            raise DenominatorError(
+                f"group id {int(ids_S.max())} is not among the {num_groups} groups that count() "
+                "saw; expected denominators of the whole step, these micro-batches among them"
+            )
+        tokens_S = denominators.group_tokens_G[ids_S]
     else:
         return factor, divisor, None
     return factor, divisor, 1 / tokens_S.clamp(min=1).to(torch.float64)
@@ -176,7 +184,9 @@ def _check(
     )
     if mode not in modes:
         raise SettingError(f"mode is {mode!r}; expected one of {modes}")
-    if (constant is not None) != (mode == "constant") or (constant is not None and constant <= 0):
+    if (constant is not None) != (mode == "constant") or (
+        constant is not None and not 0 < constant < float("inf")
+    ):
         raise SettingError(
             f'got mode={mode!r} and constant={constant}; expected constant > 0 with "constant" '
             "and none otherwise"

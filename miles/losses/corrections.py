@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from miles.errors import DtypeError, MissingLogprobError, SettingError, ShapeError
+from miles.losses._dtypes import as_logprobs
 from miles.losses._rules import (
     MaxStaleness,
     OffPolicyNegative,
@@ -137,6 +138,9 @@ def importance_weights(
         [0.0, 1.0, 0.0]
     """
     packed.check(old_logprobs_T=old_logprobs_T, rollout_logprobs_T=rollout_logprobs_T)
+    old_logprobs_T, rollout_logprobs_T = as_logprobs(
+        old_logprobs_T=old_logprobs_T, rollout_logprobs_T=rollout_logprobs_T
+    )
     _check_weight(weight, normalize)
     check_rules(reject, advantages_T, versions_T, current_version)
     evidence = {

@@ -91,8 +91,10 @@ def policy_loss(
         packed.check(ref_logprobs_T=ref_logprobs_T)
     weights_T = None if correction is None else correction.weights_T
     keep_T = None if correction is None else correction.keep_T
+    if weights_T is not None:
+        packed.check(weights_T=weights_T)
     chosen, _ = policy_loss_backend(logprobs_T, backend=backend)
-    if chosen == "reference":
+    if chosen == "reference" or not logprobs_T.numel():
         clip = ppo_clip(
             ratio_T := log_ratio(logprobs_T, old_logprobs_T, packed), advantages_T,
             ratio_min=ratio_min, ratio_max=ratio_max, dual_clip=dual_clip,
@@ -240,9 +242,9 @@ def _closed_form(
     coefficient_T = kept_T
     if weights_T is not None:
         coefficient_T = torch.where(kept_T == 0, 0, kept_T * weights_T)
-    live_T = coefficient_T != 0
-    loss = torch.where(live_T, loss_T.to(wide) * coefficient_T, 0).sum()
-    gradient_T = torch.where(live_T, gradient_T * coefficient_T.to(gradient_T.dtype), 0)
+    active_T = mask_T if keep_T is None else mask_T & keep_T
+    loss = torch.where(active_T, loss_T.to(wide) * coefficient_T, 0).sum()
+    gradient_T = torch.where(coefficient_T != 0, gradient_T * coefficient_T.to(gradient_T.dtype), 0)
     kl = torch.zeros_like(scale)
     if ref_T is not None:
         d_T = logprobs_T - torch.where(mask_T, ref_T, 0)
@@ -254,5 +256,5 @@ def _closed_form(
     counts = [mask_T.to(wide), torch.where(mask_T, ratio_T, 0).to(wide), low_T, high_T]
     totals = torch.stack([loss, *(x.to(wide).sum() for x in counts), kl])
     largest = torch.where(mask_T, ratio_T, -torch.inf).max().to(wide)
-    out = torch.float64 if logprobs_T.dtype == torch.float64 else torch.float32
-    return loss.to(out), gradient_T, totals, largest
+    out = torch.float64 if loss_T.dtype == torch.float64 else torch.float32
+    return loss.to(out), gradient_T.to(logprobs_T.dtype), totals, largest

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from miles.errors import SettingError
+from miles.errors import DtypeError, SettingError
 from miles.losses.advantages import distill_advantages
 from miles.losses.aggregation import Mode, aggregate
 from miles.losses.corrections import Correction
@@ -56,6 +57,7 @@ def grpo(
     ratio_min: float = 0.8,
     ratio_max: float = 1.2,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     ref_logprobs_T: Tensor | None = None,
     kl_coef: float = 0.0,
     averaged_over: int = 1,
@@ -72,7 +74,7 @@ def grpo(
         correction: this micro-batch's part of a `Correction`, for the gap to the engine.
         ref_logprobs_T: float `[T]`, of the reference policy; with `kl_coef`.
         kl_coef: beta of the paper (0.04 there); k3 as in its equation 4.
-        averaged_over: see `aggregate`.
+        count_rejected, averaged_over: see `aggregate`.
 
     References:
         arXiv 2402.03300, equations 3 and 4.
@@ -89,7 +91,8 @@ def grpo(
     return policy_loss(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators,
         mode="seq_mean_token_mean", ratio_min=ratio_min, ratio_max=ratio_max,
-        correction=correction, ref_logprobs_T=ref_logprobs_T, kl_coef=kl_coef,
+        correction=correction,
+        count_rejected=count_rejected, ref_logprobs_T=ref_logprobs_T, kl_coef=kl_coef,
         averaged_over=averaged_over,
     )  # fmt: skip
 
@@ -105,6 +108,7 @@ def dr_grpo(
     ratio_min: float = 0.8,
     ratio_max: float = 1.2,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """Dr. GRPO: the sum over tokens, divided by sequences times a constant.
@@ -113,7 +117,7 @@ def dr_grpo(
         max_tokens: the constant: the generation budget of a sequence, whatever its width here.
             Advantages: `group_advantages(rewards_S, group_ids_S, scale="none")`.
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators: see `grpo`.
-        ratio_min, ratio_max, correction, averaged_over: see `grpo`.
+        ratio_min, ratio_max, correction, count_rejected, averaged_over: see `grpo`.
 
     References:
         arXiv 2503.20783, section 3.2.
@@ -127,7 +131,7 @@ def dr_grpo(
     return policy_loss(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators,
         mode="constant", constant=max_tokens, ratio_min=ratio_min, ratio_max=ratio_max,
-        correction=correction, averaged_over=averaged_over,
+        correction=correction, count_rejected=count_rejected, averaged_over=averaged_over,
     )  # fmt: skip
 
 
@@ -141,6 +145,7 @@ def dapo(
     ratio_min: float = 0.8,
     ratio_max: float = 1.28,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """DAPO: a higher upper clip, the mean over all tokens of the step, no KL.
@@ -160,6 +165,7 @@ def dapo(
     return policy_loss(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators, mode="token_mean",
         ratio_min=ratio_min, ratio_max=ratio_max, correction=correction,
+        count_rejected=count_rejected,
         averaged_over=averaged_over,
     )  # fmt: skip
 
@@ -174,6 +180,7 @@ def gspo(
     ratio_min: float = 1 - 3e-4,
     ratio_max: float = 1 + 4e-4,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """GSPO: the ratio of a sequence is the geometric mean of its tokens'; clipped as a whole.
@@ -191,7 +198,7 @@ def gspo(
     """
     return _clipped(
         "sequence_mean", logprobs_T, old_logprobs_T, advantages_T, packed, denominators, ratio_min,
-        ratio_max, correction, averaged_over,
+        ratio_max, _of(correction, count_rejected), averaged_over,
     )  # fmt: skip
 
 
@@ -205,6 +212,7 @@ def gspo_token(
     ratio_min: float = 1 - 3e-4,
     ratio_max: float = 1 + 4e-4,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """GSPO-token: GSPO's value, each token's own gradient, so advantages may differ by token.
@@ -222,7 +230,7 @@ def gspo_token(
     """
     return _clipped(
         "sequence_token", logprobs_T, old_logprobs_T, advantages_T, packed, denominators,
-        ratio_min, ratio_max, correction, averaged_over,
+        ratio_min, ratio_max, _of(correction, count_rejected), averaged_over,
     )  # fmt: skip
 
 
@@ -236,6 +244,7 @@ def cispo(
     ratio_min: float = 0.0,
     ratio_max: float = 5.0,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """CISPO: REINFORCE weighted by a clipped, detached ratio; the mean over all tokens.
@@ -257,7 +266,13 @@ def cispo(
         logprobs_T, ratio_T, advantages_T, packed, ratio_min=ratio_min, ratio_max=ratio_max
     )
     return _reduced(
-        surrogate, ratio_T, packed, denominators, "token_mean", correction, averaged_over
+        surrogate,
+        ratio_T,
+        packed,
+        denominators,
+        "token_mean",
+        _of(correction, count_rejected),
+        averaged_over,
     )
 
 
@@ -271,6 +286,7 @@ def sapo(
     tau_pos: float = 1.0,
     tau_neg: float = 1.05,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """SAPO: a sigmoid gate in place of the clip; each sequence's mean, averaged over sequences.
@@ -289,7 +305,13 @@ def sapo(
     packed.check(advantages_T=advantages_T)
     surrogate = sapo_surrogate(ratio_T, advantages_T, tau_pos=tau_pos, tau_neg=tau_neg)
     return _reduced(
-        surrogate, ratio_T, packed, denominators, "seq_mean_token_mean", correction, averaged_over
+        surrogate,
+        ratio_T,
+        packed,
+        denominators,
+        "seq_mean_token_mean",
+        _of(correction, count_rejected),
+        averaged_over,
     )
 
 
@@ -303,6 +325,7 @@ def gmpo(
     log_min: float = -0.4,
     log_max: float = 0.4,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """GMPO: the geometric mean of a sequence's clipped ratios, averaged over sequences.
@@ -321,7 +344,13 @@ def gmpo(
     ratio_T = log_ratio(logprobs_T, old_logprobs_T, packed)
     surrogate = gmpo_surrogate(ratio_T, advantages_T, packed, log_min=log_min, log_max=log_max)
     return _reduced(
-        surrogate, ratio_T, packed, denominators, "seq_mean_token_mean", correction, averaged_over
+        surrogate,
+        ratio_T,
+        packed,
+        denominators,
+        "seq_mean_token_mean",
+        _of(correction, count_rejected),
+        averaged_over,
     )
 
 
@@ -332,6 +361,7 @@ def rloo(
     denominators: Denominators,
     *,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """RLOO: REINFORCE on whole answers, each against the mean reward of its siblings.
@@ -347,7 +377,8 @@ def rloo(
         3.0
     """
     return _reinforce(
-        logprobs_T, advantages_T, packed, denominators, "seq_mean_token_sum", correction,
+        logprobs_T, advantages_T, packed, denominators, "seq_mean_token_sum",
+        _of(correction, count_rejected),
         averaged_over,
     )  # fmt: skip
 
@@ -362,6 +393,7 @@ def reinforce_plus_plus(
     ratio_min: float = 0.8,
     ratio_max: float = 1.2,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """REINFORCE++: PPO's clip without a critic, over returns whitened across the whole step.
@@ -381,7 +413,7 @@ def reinforce_plus_plus(
     return policy_loss(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators,
         mode="seq_mean_token_mean", ratio_min=ratio_min, ratio_max=ratio_max,
-        correction=correction, averaged_over=averaged_over,
+        correction=correction, count_rejected=count_rejected, averaged_over=averaged_over,
     )  # fmt: skip
 
 
@@ -395,6 +427,7 @@ def reinforce_plus_plus_baseline(
     ratio_min: float = 0.8,
     ratio_max: float = 1.2,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     ref_logprobs_T: Tensor | None = None,
     kl_coef: float = 0.0,
     averaged_over: int = 1,
@@ -417,13 +450,16 @@ def reinforce_plus_plus_baseline(
         raise SettingError("expected both ref_logprobs_T and kl_coef, or neither; got one of them")
     loss, metrics = reinforce_plus_plus(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators, ratio_min=ratio_min,
-        ratio_max=ratio_max, correction=correction, averaged_over=averaged_over,
+        ratio_max=ratio_max, correction=correction,
+        count_rejected=count_rejected, averaged_over=averaged_over,
     )  # fmt: skip
     if ref_logprobs_T is not None:
         kl_T = kl_penalty(logprobs_T, ref_logprobs_T, packed, value="k2")
+        kept = {} if count_rejected else _of(correction, False) | {"weights_T": None}
         loss = loss + kl_coef * aggregate(
-            kl_T, packed, denominators, mode="seq_mean_token_mean", averaged_over=averaged_over
-        )
+            kl_T, packed, denominators, mode="seq_mean_token_mean", averaged_over=averaged_over,
+            **kept,
+        )  # fmt: skip
         metrics["kl/ref"] = mean_over(kl_T, packed.mask_T)
     return loss, metrics
 
@@ -444,6 +480,7 @@ def ppo(
     ratio_max: float = 1.2,
     dual_clip: float | None = None,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """PPO: clipped ratio over GAE's advantages, and the critic's loss if its values are given.
@@ -458,7 +495,7 @@ def ppo(
         value_clip: see `value_loss`.
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators: see `grpo`.
         ratio_min, ratio_max, dual_clip: see `ppo_clip`.
-        correction, averaged_over: see `grpo`.
+        correction, count_rejected, averaged_over: see `grpo`.
 
     References:
         arXiv 1707.06347, equations 7 and 9.
@@ -473,6 +510,7 @@ def ppo(
     loss, metrics = policy_loss(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators, mode="token_mean",
         ratio_min=ratio_min, ratio_max=ratio_max, dual_clip=dual_clip, correction=correction,
+        count_rejected=count_rejected,
         averaged_over=averaged_over,
     )  # fmt: skip
     given = [x for x in (values_T, old_values_T, returns_T) if x is not None]
@@ -482,8 +520,9 @@ def ppo(
         )
     if values_T is not None and old_values_T is not None and returns_T is not None:
         value_T = value_loss(values_T, old_values_T, returns_T, packed, clip=value_clip)
+        kept = {} if count_rejected else _of(correction, False) | {"weights_T": None}
         loss = loss + value_coef * aggregate(
-            value_T, packed, denominators, averaged_over=averaged_over
+            value_T, packed, denominators, averaged_over=averaged_over, **kept
         )
         metrics["value/loss"] = mean_over(value_T, packed.mask_T)
     return loss, metrics
@@ -502,6 +541,7 @@ def vapo(
     ratio_min: float = 0.8,
     ratio_max: float = 1.28,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """VAPO's policy loss: clip-higher, the mean over all tokens, and NLL on the right answers.
@@ -515,7 +555,7 @@ def vapo(
             has no right answer.
         nll_coef: mu of the paper.
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators: see `grpo`.
-        ratio_min, ratio_max, correction, averaged_over: see `grpo`.
+        ratio_min, ratio_max, correction, count_rejected, averaged_over: see `grpo`.
 
     References:
         arXiv 2504.05118, sections 4.2 and 4.3.
@@ -531,9 +571,17 @@ def vapo(
     """
     loss, metrics = dapo(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators, ratio_min=ratio_min,
-        ratio_max=ratio_max, correction=correction, averaged_over=averaged_over,
+        ratio_max=ratio_max, correction=correction,
+        count_rejected=count_rejected, averaged_over=averaged_over,
     )  # fmt: skip
+    if right_S.dtype != torch.bool:
+        raise DtypeError(f"right_S is {right_S.dtype}; expected torch.bool")
     right_T = packed.per_token(right_S) & packed.mask_T
+    if right_denominators is None and right_T.device.type == "cpu" and bool(right_T.any()):
+        raise SettingError(
+            "got right answers and no right_denominators, so their NLL would be left out; expected "
+            "count(..., keep_T=packed.per_token(right_S)) over the whole step"
+        )
     nll_T = nll(logprobs_T, packed)
     metrics["nll/right"] = mean_over(nll_T, right_T)
     if right_denominators is not None:
@@ -552,6 +600,7 @@ def on_policy_distillation(
     *,
     coef: float = 1.0,
     correction: Correction | None = None,
+    count_rejected: bool = True,
     averaged_over: int = 1,
 ) -> tuple[Tensor, Metrics]:
     """On-policy distillation: the policy gradient of the reverse KL to a teacher, by token.
@@ -562,7 +611,7 @@ def on_policy_distillation(
     Args:
         logprobs_T: float `[T]`, the student's, with gradient.
         teacher_logprobs_T: float `[T]`, the teacher's of the same tokens.
-        packed, denominators, correction, averaged_over: see `grpo`.
+        packed, denominators, correction, count_rejected, averaged_over: see `grpo`.
         coef: factor of the reverse KL.
 
     References:
@@ -576,11 +625,18 @@ def on_policy_distillation(
         >>> student.grad.abs().tolist()
         [0.5, 0.0]
     """
-    advantages_T = distill_advantages(logprobs_T, teacher_logprobs_T, packed, coef=coef)
+    kl_T = -distill_advantages(logprobs_T, teacher_logprobs_T, packed)
+    advantages_T = -coef * kl_T
     loss, metrics = _reinforce(
-        logprobs_T, advantages_T, packed, denominators, "token_mean", correction, averaged_over
+        logprobs_T,
+        advantages_T,
+        packed,
+        denominators,
+        "token_mean",
+        _of(correction, count_rejected),
+        averaged_over,
     )
-    metrics["kl/teacher"] = mean_over(-advantages_T / coef, packed.mask_T)
+    metrics["kl/teacher"] = mean_over(kl_T, packed.mask_T)
     return loss, metrics
 
 
@@ -592,6 +648,7 @@ def decoupled_ppo(
     denominators: Denominators,
     *,
     correction: Correction,
+    count_rejected: bool = True,
     ratio_min: float = 0.8,
     ratio_max: float = 1.2,
     averaged_over: int = 1,
@@ -622,6 +679,7 @@ def decoupled_ppo(
     return policy_loss(
         logprobs_T, proximal_logprobs_T, advantages_T, packed, denominators, mode="token_mean",
         ratio_min=ratio_min, ratio_max=ratio_max, correction=correction,
+        count_rejected=count_rejected,
         averaged_over=averaged_over,
     )  # fmt: skip
 
@@ -635,14 +693,14 @@ def _clipped(
     denominators: Denominators,
     ratio_min: float,
     ratio_max: float,
-    correction: Correction | None,
+    corrected: dict[str, Any],
     averaged_over: int,
 ) -> tuple[Tensor, Metrics]:
     packed.check(advantages_T=advantages_T)
     ratio_T = log_ratio(logprobs_T, old_logprobs_T, packed, level=level)
     surrogate = ppo_clip(ratio_T, advantages_T, ratio_min=ratio_min, ratio_max=ratio_max)
     return _reduced(
-        surrogate, ratio_T, packed, denominators, "seq_mean_token_mean", correction, averaged_over
+        surrogate, ratio_T, packed, denominators, "seq_mean_token_mean", corrected, averaged_over
     )
 
 
@@ -652,12 +710,12 @@ def _reduced(
     packed: Packed,
     denominators: Denominators,
     mode: Mode,
-    correction: Correction | None,
+    corrected: dict[str, Any],
     averaged_over: int,
 ) -> tuple[Tensor, Metrics]:
     loss = aggregate(
         surrogate.loss_T, packed, denominators, mode=mode, averaged_over=averaged_over,
-        **_of(correction),
+        **corrected,
     )  # fmt: skip
     return loss, ratio_metrics(ratio_T, surrogate, packed.mask_T)
 
@@ -668,17 +726,21 @@ def _reinforce(
     packed: Packed,
     denominators: Denominators,
     mode: Mode,
-    correction: Correction | None,
+    corrected: dict[str, Any],
     averaged_over: int,
 ) -> tuple[Tensor, Metrics]:
     loss_T = reinforce(logprobs_T, advantages_T, packed).loss_T
     loss = aggregate(
-        loss_T, packed, denominators, mode=mode, averaged_over=averaged_over, **_of(correction)
+        loss_T, packed, denominators, mode=mode, averaged_over=averaged_over, **corrected
     )
     return loss, {"logprob/mean": mean_over(logprobs_T, packed.mask_T)}
 
 
-def _of(correction: Correction | None) -> dict[str, Any]:
+def _of(correction: Correction | None, count_rejected: bool) -> dict[str, Any]:
     if correction is None:
-        return {}
-    return {"weights_T": correction.weights_T, "keep_T": correction.keep_T}
+        return {"count_rejected": count_rejected}
+    return {
+        "weights_T": correction.weights_T,
+        "keep_T": correction.keep_T,
+        "count_rejected": count_rejected,
+    }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import SettingError
+from miles.losses._dtypes import as_logprobs
 from miles.packed import Packed, tokens_per_sequence
 
 __all__ = ["log_ratio"]
@@ -23,14 +24,14 @@ def log_ratio(new_T: Tensor, old_T: Tensor, packed: Packed, *, level: Level = "t
 
     Args:
         new_T: float `[T]`, log-probs that carry the gradient.
-        old_T: float `[T]`, log-probs to compare with.
+        old_T: float `[T]`, log-probs to compare with, detached here.
         packed: where the tokens live; sequences may be spread over `packed.seq_group`.
         level: `token` (PPO, GRPO); `sequence_mean`, the mean over the sequence's trainable tokens
             with the gradient through that mean (GSPO); `sequence_sum`; `sequence_token`, the value
             of `sequence_mean` with the gradient of the token's own log-prob (GSPO-token).
 
     Returns:
-        `[T]`; 0 at masked positions.
+        `[T]`; 0 at masked positions; float32 of lower precision, whose rounding exceeds a clip.
 
     References:
         GSPO: arXiv 2507.18071, equations 7 and 14.
@@ -42,6 +43,7 @@ def log_ratio(new_T: Tensor, old_T: Tensor, packed: Packed, *, level: Level = "t
         [-2.0, -2.0, 0.0]
     """
     packed.check(new_T=new_T, old_T=old_T)
+    new_T, old_T = as_logprobs(new_T=new_T, old_T=old_T.detach())
     mask_T = packed.mask_T
     token_T = torch.where(mask_T, new_T, 0) - torch.where(mask_T, old_T, 0)
     if level == "token":

@@ -182,11 +182,20 @@ def whiten(
     _check_floating(values_T=values_T)
     if mask_T.dtype != torch.bool:
         raise DtypeError(f"mask_T is {mask_T.dtype}; expected torch.bool")
+    check_spread(ddof, eps)
     centred_T, average, variance = moments(values_T, mask_T, group=group, ddof=ddof)
     whitened_T = centred_T / (variance + eps).sqrt()
     if not mean:
         whitened_T = torch.where(mask_T, whitened_T + average, 0)
     return whitened_T.to(values_T.dtype)
+
+
+def check_spread(ddof: int, eps: float) -> None:
+    """Refuse settings of a standard deviation that would turn signs or give NaN."""
+    if ddof not in (0, 1):
+        raise SettingError(f"ddof is {ddof}; expected 0 or 1")
+    if not 0 <= eps < float("inf"):
+        raise SettingError(f"eps is {eps}; expected 0 or a small positive number, such as 1e-6")
 
 
 def length_adaptive_lambda(packed_or_lengths: Packed | Tensor, *, alpha: float = 0.05) -> Tensor:

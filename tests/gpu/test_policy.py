@@ -55,3 +55,22 @@ def test_nan_and_infinity_as_in_the_reference():
     broken = torch.tensor([float("nan"), 0.0, 0.0], device="cuda", requires_grad=True)
     loss, metrics = policy_loss(broken, old, advantages, packed, count(packed), backend="triton")
     assert loss.isnan() and reduce_metrics(metrics)["ratio/max"].isnan()
+
+
+def test_strided_sequence_ids_are_read_where_they_are():
+    ids = torch.arange(12, device="cuda") // 4
+    packed = Packed(
+        seq_ids_T=ids[::2], mask_T=torch.ones(12, device="cuda").bool()[::2], num_seqs=3,
+        group_ids_S=None, positions_T=None, seq_group=None,
+    )  # fmt: skip
+    new = torch.linspace(-1, 1, 6, device="cuda")
+    results = []
+    for backend in ("reference", "triton"):
+        leaf = new.clone().requires_grad_()
+        loss, _ = policy_loss(
+            leaf, torch.zeros_like(new), torch.ones_like(new), packed, count(packed),
+            mode="seq_mean_token_mean", backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)

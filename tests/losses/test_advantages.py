@@ -466,3 +466,21 @@ def test_soft_overlong_penalty_bad_settings(match, settings):
         soft_overlong_penalty(torch.tensor([3]), **settings)
     with pytest.raises(ShapeError, match=r"expected \[S\]"):
         soft_overlong_penalty(torch.tensor(3), max_length=8, buffer=4)
+
+
+def test_whole_numbers_as_rewards_are_refused_everywhere():
+    """Their dtype would come back, and cut the advantages off."""
+    with pytest.raises(DtypeError, match=r"rewards_SR is torch\.int64"):
+        multi_reward_advantages(torch.tensor([[1, 0], [0, 1]]), torch.tensor([0, 0]))
+
+
+def test_equal_rewards_of_a_whole_batch_give_exactly_zero_without_a_baseline():
+    rewards, groups = torch.ones(4), torch.tensor([0, 0, 1, 1])
+    advantages = group_advantages(rewards, groups, baseline="none", scale="batch_std")
+    assert advantages.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("settings", [{"eps": -1.0}, {"eps": math.nan}, {"ddof": 5}])
+def test_settings_that_would_turn_signs_are_refused(settings):
+    with pytest.raises(SettingError):
+        group_advantages(torch.rand(4), torch.tensor([0, 0, 1, 1]), **settings)

@@ -230,3 +230,10 @@ def test_bad_input(error, match, settings):
 def test_bad_shape_of_the_loss():
     with pytest.raises(ShapeError, match=r"loss_T has shape \(1,\); expected \(6,\)"):
         aggregate(torch.zeros(1), PACKED, count(PACKED))
+
+
+def test_a_group_that_count_never_saw_is_named():
+    seen = Packed.from_padded(torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
+    unseen = Packed.from_padded(torch.ones(1, 1, dtype=torch.bool), torch.tensor([5]))
+    with pytest.raises(DenominatorError, match="group id 5 is not among the 1 groups"):
+        aggregate(torch.ones(1), unseen, count(seen), mode="group_mean")

@@ -755,3 +755,11 @@ def test_a_step_of_which_every_token_is_rejected_trains_on_nothing_and_says_so()
     assert values["correction/weight_max"] == -math.inf
     for name in ("weight_mean", "ess", "ess_advantage", "capped"):
         assert math.isnan(values[f"correction/{name}"])
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"low": 2.0, "high": 0.5}, {"low": math.nan}, {"high": 1e9}, {"low": 1e-10}]
+)
+def test_rejections_that_reject_all_or_can_never_reject_are_refused(bounds):
+    with pytest.raises(SettingError, match="expected"):
+        Reject(level="token", statistic="ratio", **bounds)

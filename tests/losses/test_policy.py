@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from miles import Packed, count
-from miles.errors import DenominatorError, SettingError, ShapeError
-from miles.losses import policy_loss, policy_loss_backend, reduce_metrics, truncated_is
+from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
+from miles.losses import Correction, policy_loss, policy_loss_backend, reduce_metrics, truncated_is
 from tests.steps import random_step
 
 MODES = [
@@ -136,3 +136,35 @@ def test_it_says_which_backend_it_takes_and_why():
     for dtype, backend in kinds:
         chosen, why = policy_loss_backend(torch.zeros(1, dtype=dtype), backend=backend)
         assert chosen == "reference" and str(dtype).removeprefix("torch.") in why
+
+
+def test_old_logprobs_carry_no_gradient_in_any_backend():
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    for backend in ("reference", "compiled"):
+        leaf = torch.tensor([-1.0, -2.0], requires_grad=True)
+        policy_loss(leaf, leaf, torch.ones(2), packed, count(packed), backend=backend)[0].backward()
+        assert leaf.grad.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_a_weight_of_zero_hides_no_nan_and_a_short_one_is_refused(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    new, old = torch.tensor([float("nan"), 0.0]), torch.zeros(2)
+    nothing = Correction(torch.zeros(2), packed.mask_T, {})
+    args = (new, old, torch.ones(2), packed, count(packed))
+    assert policy_loss(*args, correction=nothing, backend=backend)[0].isnan()
+    short = Correction(torch.ones(1), packed.mask_T, {})
+    with pytest.raises(ShapeError, match="weights_T"):
+        policy_loss(*args, correction=short, backend=backend)
+    floats = Correction(torch.ones(2), torch.ones(2), {})
+    with pytest.raises(DtypeError, match=r"torch\.bool"):
+        policy_loss(*args, correction=floats, backend=backend)
+
+
+def test_no_position_at_all_gives_zero():
+    empty = Packed.from_padded(torch.zeros(0, 3, dtype=torch.bool))
+    other = count(Packed.from_padded(torch.ones(1, 3, dtype=torch.bool)))
+    leaf = torch.zeros(0, requires_grad=True)
+    loss, _ = policy_loss(leaf, leaf, torch.zeros(0), empty, other, backend="compiled")
+    loss.backward()
+    assert loss.item() == 0

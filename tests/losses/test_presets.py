@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from miles import Packed, count
-from miles.errors import SettingError, ShapeError
+from miles.errors import DtypeError, SettingError, ShapeError
 from miles.losses import (
     Reject,
     importance_weights,
@@ -194,3 +195,28 @@ def test_vapo_without_a_right_answer_is_dapo():
     args = (step.logprobs_T, step.old_T, step.advantages_T, step.packed, count(step.packed))
     loss, _ = vapo(*args, right_S=nobody, right_denominators=None)
     assert loss == dapo(*args)[0]
+
+
+def test_presets_take_denominators_without_the_rejected():
+    step = random_step()
+    reject = [Reject(level="token", statistic="ratio", low=0.5)]
+    correction = importance_weights(
+        step.old_T, step.rollout_T, step.packed, weight=None, reject=reject
+    )
+    kept = count(step.packed, keep_T=correction.keep_T)
+    args = (step.logprobs_T, step.old_T, step.advantages_T)
+    fewer = replace(step.packed, mask_T=correction.keep_T)
+    for preset in (dapo, grpo, ppo, reinforce_plus_plus_baseline):
+        loss, _ = preset(*args, step.packed, kept, correction=correction, count_rejected=False)
+        expected, _ = preset(*args, fewer, count(fewer))
+        torch.testing.assert_close(loss, expected)
+
+
+def test_vapo_with_right_answers_needs_their_count():
+    step = random_step()
+    everybody = torch.ones(step.packed.num_seqs, dtype=torch.bool)
+    args = (step.logprobs_T, step.old_T, step.advantages_T, step.packed, count(step.packed))
+    with pytest.raises(SettingError, match="NLL would be left out"):
+        vapo(*args, right_S=everybody, right_denominators=None)
+    with pytest.raises(DtypeError, match="right_S"):
+        vapo(*args, right_S=everybody.float(), right_denominators=None)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles import Packed
-from miles.errors import SettingError, ShapeError
+from miles.errors import DtypeError, SettingError, ShapeError
 from miles.losses import log_ratio
 from tests.steps import quick, random_step
 
@@ -101,3 +101,13 @@ def test_bad_input():
         log_ratio(new_T, new_T[:5], PACKED)
     with pytest.raises(SettingError, match="level is 'sequence'; expected token"):
         log_ratio(new_T, new_T, PACKED, level="sequence")
+
+
+def test_bfloat16_is_compared_in_float32_and_whole_numbers_are_refused():
+    packed = Packed.from_padded(torch.ones(1, 2, dtype=torch.bool))
+    new = torch.tensor([-1.9297, -2.0], dtype=torch.bfloat16)
+    old = torch.tensor([-2.0, -2.0], dtype=torch.bfloat16)
+    ratio = log_ratio(new, old, packed, level="sequence_mean")
+    assert ratio.dtype == torch.float32 and ratio[0] == (new[0].float() + 2) / 2
+    with pytest.raises(DtypeError, match=r"new_T is torch\.int64"):
+        log_ratio(torch.zeros(2, dtype=torch.int64), old, packed)
