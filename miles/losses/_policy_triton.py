@@ -16,9 +16,9 @@ from torch import Tensor
 
 __all__ = ["one_pass"]
 
-BLOCK = 1024
+BLOCK = 512
 WARPS = 8
-PROGRAMS = 256
+PROGRAMS = 512
 NUM_SUMS = 8  # loss, tokens, ratio, low, high, KL, largest ratio, whether a ratio is NaN
 
 
