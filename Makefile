@@ -21,7 +21,11 @@ docs: .venv/docs
 	$(BIN)/zensical build --clean
 
 bench: .venv/examples
+	$(PIP) --no-deps trl==1.16.0 verl==0.9.1
 	$(BIN)/python benchmarks/engine_throughput.py
+	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/conformance.py
+	$(BIN)/python benchmarks/tables.py
 
 # torch first and by exact version, so that nothing else decides which build comes.
 .venv/torch: constraints.txt
