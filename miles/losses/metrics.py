@@ -177,13 +177,15 @@ def mismatch_metrics(
         rollout_logprobs_T: float `[T]`, the engine's.
         packed: where the tokens live.
         versions_T: int64 `[T]`, weight version that sampled each token, -1 where unknown; with
-            `current_version`. Adds `mismatch/abs/age_<from>_<to>`, mean |d| by age, which is
+            `current_version`. Adds `mismatch/abs/age_<from>_<to>`, mean |d| by age, and
+            `mismatch/share/age_<from>_<to>`, the share of the whole gap (the sum of |d|). Age is
             `current_version` minus the version: ages are the same keys on all micro-batches, ranks
             and steps, which versions are not. `mismatch/abs/age_unknown` is that of tokens without
             a version, or with one newer than `current_version`.
         position_buckets: where buckets of positions end, increasing: (64, 256) adds
             `mismatch/abs/position_0_64`, `.../position_64_256` and `.../position_256_up`, each from
-            its first number up to and without its second. Positions are `packed.positions_T`: they
+            its first number up to and without its second, and `mismatch/share/position_...`, the
+            share of the whole gap. Positions are `packed.positions_T`: they
             count from the start of the sequence, prompt included where it is packed.
         current_version: version of the trainer's weights.
         age_buckets: where buckets of ages end, increasing. A bucket without tokens is NaN.
@@ -237,7 +239,7 @@ def mismatch_metrics(
         if packed.positions_T is None:
             raise SettingError("position_buckets need positions_T; build the Packed with it")
         within = _buckets("position", packed.positions_T, position_buckets)
-        metrics |= {key: mean_over(d_T.abs(), mask_T & in_T) for key, in_T in within.items()}
+        metrics |= _gap_within(within, d_T.abs(), mask_T)
     if (versions_T is None) != (current_version is None):
         raise SettingError(
             "got one of versions_T and current_version; expected both, for the gap by age, or none"
@@ -249,8 +251,19 @@ def mismatch_metrics(
         known_T = (versions_T >= 0) & (versions_T <= current_version)
         within = _buckets("age", current_version - versions_T, age_buckets)
         within = {key: in_T & known_T for key, in_T in within.items()}
-        within["mismatch/abs/age_unknown"] = ~known_T
-        metrics |= {key: mean_over(d_T.abs(), mask_T & in_T) for key, in_T in within.items()}
+        within["age_unknown"] = ~known_T
+        metrics |= _gap_within(within, d_T.abs(), mask_T)
+    return metrics
+
+
+def _gap_within(within: dict[str, Tensor], gap_T: Tensor, mask_T: Tensor) -> Metrics:
+    """The mean gap of each bucket, and the share of the whole gap that lies in it."""
+    whole = mean_over(gap_T, mask_T)
+    metrics: Metrics = {}
+    for name, in_T in within.items():
+        part = mean_over(gap_T, mask_T & in_T)
+        metrics[f"mismatch/abs/{name}"] = part
+        metrics[f"mismatch/share/{name}"] = Mean(part.total, whole.total)
     return metrics
 
 
@@ -285,16 +298,15 @@ def _ratio_max(ratio_T: Tensor, packed: Packed, sample_ids_S: Tensor | None) -> 
 
 
 def _buckets(name: str, values_T: Tensor, ends: Sequence[int]) -> dict[str, Tensor]:
-    """`mismatch/abs/<name>_<from>_<to>` and where the values lie in it, the last without an end."""
+    """`<name>_<from>_<to>` and where the values lie in it, the last without an end."""
     bounds = [0, *ends]
     if len(bounds) < 2 or any(low >= high for low, high in pairwise(bounds)):
         raise SettingError(
             f"{name}_buckets is {tuple(ends)}; expected increasing whole numbers above 0, where "
             "each bucket ends"
         )
-    key = f"mismatch/abs/{name}"
     within = {
-        f"{key}_{low}_{high}": (values_T >= low) & (values_T < high)
+        f"{name}_{low}_{high}": (values_T >= low) & (values_T < high)
         for low, high in pairwise(bounds)
     }
-    return within | {f"{key}_{bounds[-1]}_up": values_T >= bounds[-1]}
+    return within | {f"{name}_{bounds[-1]}_up": values_T >= bounds[-1]}

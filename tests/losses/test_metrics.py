@@ -303,6 +303,21 @@ def test_gap_by_position_and_by_age_of_literals():
         "age_unknown": 2.5,  # the one of the future and the one without a version
     }
     assert buckets == pytest.approx(expected, nan_ok=True)
+    shares = {
+        key.removeprefix("mismatch/share/"): float(m) for key, m in got.items() if "share/" in key
+    }
+    assert shares == pytest.approx(
+        {
+            "position_0_2": 1 / 6,
+            "position_2_3": 2 / 6,
+            "position_3_9": 3 / 6,
+            "position_9_up": 0.0,
+            "age_0_1": 0.0,
+            "age_1_2": 0.0,
+            "age_2_up": 1 / 6,
+            "age_unknown": 5 / 6,
+        }
+    )
 
 
 def test_the_place_of_the_largest_ratio_is_its_sequence_and_position():
