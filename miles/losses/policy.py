@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import MissingExtraError, SettingError
+from miles.losses._dtypes import as_logprobs
 from miles.losses.aggregation import Mode, aggregate, factors
 from miles.losses.corrections import Correction
 from miles.losses.metrics import Max, Mean, Metrics, max_over, mean_over
@@ -89,6 +90,9 @@ def policy_loss(
     packed.check(logprobs_T=logprobs_T, old_logprobs_T=old_logprobs_T, advantages_T=advantages_T)
     if ref_logprobs_T is not None:
         packed.check(ref_logprobs_T=ref_logprobs_T)
+    logprobs_T, old_logprobs_T = as_logprobs(
+        logprobs_T=logprobs_T, old_logprobs_T=old_logprobs_T.detach()
+    )
     weights_T = None if correction is None else correction.weights_T
     keep_T = None if correction is None else correction.keep_T
     if weights_T is not None:
@@ -118,7 +122,7 @@ def policy_loss(
     )  # fmt: skip
     one_pass = functools.partial(
         _compiled() if chosen == "compiled" else _policy_triton().one_pass,
-        old_T=old_logprobs_T.detach(), advantages_T=advantages_T.detach(),
+        old_T=old_logprobs_T, advantages_T=advantages_T.detach(),
         mask_T=packed.mask_T, seq_ids_T=packed.seq_ids_T, factor=factor,
         divisor=divisor, per_sequence_S=per_sequence_S, weights_T=weights_T, keep_T=keep_T,
         ref_T=None if ref_logprobs_T is None else ref_logprobs_T.detach(), kl_coef=kl_coef,

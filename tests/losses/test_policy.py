@@ -168,3 +168,15 @@ def test_no_position_at_all_gives_zero():
     loss, _ = policy_loss(leaf, leaf, torch.zeros(0), empty, other, backend="compiled")
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_bfloat16_log_probs_are_compared_in_float32(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    leaf = torch.tensor([-1.9297, -2.0], dtype=torch.bfloat16).requires_grad_()
+    old = torch.tensor([-2.0, -2.0], dtype=torch.bfloat16)
+    loss, metrics = policy_loss(leaf, old, torch.ones(2), packed, count(packed), backend=backend)
+    loss.backward()
+    assert loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+    expected = torch.exp(leaf[0].detach().float() + 2).item()
+    assert float(metrics["ratio/max"]) == pytest.approx(expected, rel=1e-6)
