@@ -23,30 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miles.errors import RoutingError, SettingError, UnsupportedModelError
+from miles.moe.families import ROUTER_FAMILIES, RouterFamily, find_routers
 from miles.moe.tape import RoutingTape
 
 __all__ = ["ROUTER_FAMILIES", "RouterFamily", "RoutingReplay"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterFamily:
-    """How to recognise a family's router, and where it says its sizes."""
-
-    router: str
-    """Name of the class whose forward calls `topk` over the scores of all experts."""
-    num_experts: str = "num_experts"
-    """Attribute of the router that holds E."""
-    topk: str = "top_k"
-    """Attribute of the router that holds K."""
-
-
-ROUTER_FAMILIES: list[RouterFamily] = [
-    RouterFamily(router="Qwen3MoeTopKRouter"),
-    RouterFamily(router="Qwen2MoeTopKRouter"),
-    RouterFamily(router="MixtralTopKRouter"),
-    RouterFamily(router="OlmoeTopKRouter"),
-]
-"""The families that are tested; append yours to have `RoutingReplay` find it."""
 
 
 @dataclass
@@ -55,6 +35,7 @@ class _Slot:
 
     name: str
     module: nn.Module
+    family: RouterFamily
     num_experts: int
     topk: int
     recorded: list[Tensor] = field(default_factory=list)
@@ -75,18 +56,16 @@ class RoutingReplay:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        families = {family.router: family for family in ROUTER_FAMILIES}
         self._model = model
         self._slots = [
-            _Slot(name, module, getattr(module, family.num_experts), getattr(module, family.topk))
-            for name, module in model.named_modules()
-            if (family := families.get(type(module).__name__)) is not None
+            _Slot(name, module, family, *family.sizes(module))
+            for name, module, family in find_routers(model, ROUTER_FAMILIES)
         ]
         if not self._slots:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no router among {sorted(families)}; a dense model "
-                "needs no replay; for another mixture-of-experts family append a RouterFamily to "
-                "miles.moe.ROUTER_FAMILIES"
+                f"{type(model).__name__} has no router among the {len(ROUTER_FAMILIES)} families "
+                "of miles.moe.ROUTER_FAMILIES; a dense model needs no replay; for another "
+                "mixture-of-experts family append a RouterFamily"
             )
         sizes = {(slot.num_experts, slot.topk) for slot in self._slots}
         if len(sizes) > 1:
@@ -222,40 +201,45 @@ class RoutingReplay:
             yield
 
 
-_Handler = Callable[[_Slot, Tensor, Callable[[], Any]], Any]
+_Live = Callable[[], Any]
+_Handler = Callable[[_Slot, Tensor, Tensor, _Live], Any]
 
 
-def _record(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+def _record(slot: _Slot, scores_NE: Tensor, dense_NE: Tensor, live: _Live) -> Any:
     out = live()
-    slot.recorded.append(out[1].detach().to(torch.int16))
+    slot.recorded.append(out[1].detach().reshape(-1, slot.topk).to(torch.int16))
     return out
 
 
-def _replay(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+def _replay(slot: _Slot, scores_NE: Tensor, dense_NE: Tensor, live: _Live) -> Any:
     plan_NK = _plan(slot, scores_NE)
-    return torch.return_types.topk((scores_NE.gather(-1, plan_NK), plan_NK))
+    return torch.return_types.topk((dense_NE.gather(-1, plan_NK), plan_NK))
 
 
-def _replay_with_holes(slot: _Slot, scores_NE: Tensor, live: Callable[[], Any]) -> Any:
+def _replay_with_holes(slot: _Slot, scores_NE: Tensor, dense_NE: Tensor, live: _Live) -> Any:
     plan_NK = _plan(slot, scores_NE)
     plan_NK = torch.where(plan_NK < 0, live()[1], plan_NK)
-    return torch.return_types.topk((scores_NE.gather(-1, plan_NK), plan_NK))
+    return torch.return_types.topk((dense_NE.gather(-1, plan_NK), plan_NK))
 
 
 def _plan(slot: _Slot, scores_NE: Tensor) -> Tensor:
     assert slot.plan_NK is not None
-    if slot.plan_NK.shape[0] != scores_NE.shape[0]:
+    leading = scores_NE.shape[:-1]
+    if slot.plan_NK.shape[0] != leading.numel():
         raise RoutingError(
-            f"{slot.name} processes {scores_NE.shape[0]} tokens and the tape has "
+            f"{slot.name} processes {leading.numel()} tokens and the tape has "
             f"{slot.plan_NK.shape[0]}; expected one row a token, padding included"
         )
-    return slot.plan_NK
+    return slot.plan_NK.view(*leading, slot.topk)
 
 
 class _TopKInterceptor(TorchFunctionMode):
+    """Hands the one call that chooses experts to `handle`, and everything else on."""
+
     def __init__(self, slot: _Slot, handle: _Handler) -> None:
         super().__init__()
         self._slot, self._handle = slot, handle
+        self._unmasked: Tensor | None = None
         self.handled = False
 
     def __torch_function__(
@@ -269,15 +253,34 @@ class _TopKInterceptor(TorchFunctionMode):
         if func in (torch.topk, torch.Tensor.topk):
             scores = args[0] if args else kwargs["input"]
             k = args[1] if len(args) > 1 else kwargs["k"]
-            # Group-limited routers run other topk calls too; theirs have other sizes.
-            if (
-                scores.ndim == 2
-                and scores.shape[-1] == self._slot.num_experts
-                and k == self._slot.topk
-            ):
-                self.handled = True
-                return self._handle(self._slot, scores, lambda: func(*args, **kwargs))
+            if k == self._slot.topk and self._are_scores(scores):
+                self._refuse_a_second_call()
+                dense = scores if self._unmasked is None else self._unmasked
+                return self._handle(self._slot, scores, dense, lambda: func(*args, **kwargs))
+        elif self._slot.family.group_limited and func in (
+            torch.masked_fill,
+            torch.Tensor.masked_fill,
+        ):
+            scores = args[0] if args else kwargs["input"]
+            if self._are_scores(scores):
+                self._unmasked = scores
         return func(*args, **kwargs)
+
+    def _are_scores(self, tensor: Tensor) -> bool:
+        # Group-limited routers run other topk calls too; theirs have other sizes, or three
+        # dimensions where this one has two.
+        slot = self._slot
+        return tensor.ndim == slot.family.score_ndim and tensor.shape[-1] == slot.num_experts
+
+    def _refuse_a_second_call(self) -> None:
+        slot = self._slot
+        if self.handled:
+            raise RoutingError(
+                f"{slot.name} ran topk(k={slot.topk}) over {slot.num_experts} scores twice in one "
+                "pass (as many groups as experts?), so which call chooses the experts is "
+                "ambiguous; expected one; train this model without routing replay"
+            )
+        self.handled = True
 
 
 class _Forward:

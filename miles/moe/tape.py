@@ -5,31 +5,39 @@ Shapes: N tokens, M mixture-of-experts layers, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from miles.errors import EmptyBatchError, RoutingError
+from miles.moe import _formats, _ids, _spans
+from miles.moe._ids import MAX_EXPERTS, NOT_RECORDED, check_num_experts, in_range, storage
+from miles.moe._spans import RoutingSpan
 
-__all__ = ["RoutingTape", "routing_agreement"]
-
-NOT_RECORDED = -1
+__all__ = ["RoutingSpan", "RoutingTape", "routing_agreement"]
 
 
 class RoutingTape:
     """Expert ids of every token in every mixture-of-experts layer, in few bytes.
 
     One byte an index up to 256 experts, two above. Row t is the routing used to process token t.
+    A tape does not change, so slices (`tape[a:b]`) and layers share its memory, and a tape of a
+    file stays in the file: `nbytes` counts the rows seen through a view, not new memory.
 
     Args:
         expert_ids: integer `[N, M, K]`, in `0..num_experts-1`, or -1 in a whole row for a token
             whose routing was not recorded.
         num_experts: experts of one layer.
+        spans: (start, end, weight_version) of rows, in order, for those whose weights are known.
 
     Raises:
-        RoutingError: another shape, ids out of range, or a row that is recorded in part.
+        RoutingError: another shape, ids out of range, a row that is recorded in part, or spans
+            that overlap or lie outside.
 
     Example:
         >>> from miles.moe import RoutingTape
@@ -38,30 +46,32 @@ class RoutingTape:
         (2, 6, [[[-1, -1]]])
     """
 
-    def __init__(self, expert_ids: Tensor, *, num_experts: int) -> None:
+    num_experts: int
+    """Experts of one layer."""
+    num_experts_inferred: bool
+    """True if nobody told: `num_experts` is then only a bound; see `with_num_experts`."""
+    spans: tuple[RoutingSpan, ...]
+    """Which weights computed which rows, as far as it is known."""
+
+    def __init__(
+        self, expert_ids: Tensor, *, num_experts: int, spans: Iterable[Sequence[int]] = ()
+    ) -> None:
         if expert_ids.ndim != 3 or expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
             raise RoutingError(
                 f"expert_ids is {expert_ids.dtype} of shape {tuple(expert_ids.shape)}; expected "
                 "integers [num_tokens, num_moe_layers, topk]"
             )
-        if not 0 < num_experts <= 32768:
-            raise RoutingError(f"num_experts is {num_experts}; expected 1 to 32768")
+        check_num_experts(num_experts)
         expert_ids = expert_ids.detach().to("cpu")
-        absent = expert_ids == NOT_RECORDED
-        holes_N = (
-            absent.flatten(1).all(1) if expert_ids[0:1].numel() else absent.new_zeros(len(absent))
+        self.num_experts, self.num_experts_inferred = num_experts, False
+        self.spans = _spans.checked(spans, len(expert_ids))
+        self._holes_N: Tensor | None = None
+        if not in_range(expert_ids, num_experts):
+            self._holes_N = _ids.holes(expert_ids, num_experts)
+            expert_ids = expert_ids.masked_fill(self._holes_N[:, None, None], 0)
+        self._ids = expert_ids.to(
+            storage(num_experts), copy=True, memory_format=torch.contiguous_format
         )
-        valid = ((expert_ids >= 0) & (expert_ids < num_experts)) | holes_N[:, None, None]
-        if not bool(valid.all()):
-            token, layer = (~valid).nonzero()[0, :2].tolist()
-            raise RoutingError(
-                f"token {token}, layer {layer}: expert ids {expert_ids[token, layer].tolist()}; "
-                f"expected 0..{num_experts - 1}, or -1 in the whole row of a token that was not "
-                "recorded"
-            )
-        self.num_experts = num_experts
-        self._ids = torch.where(holes_N[:, None, None], 0, expert_ids).to(_storage(num_experts))
-        self._holes_N: Tensor | None = holes_N if bool(holes_N.any()) else None
 
     @classmethod
     def unrecorded(cls, num_tokens: int, *, num_layers: int, topk: int, num_experts: int) -> Self:
@@ -70,15 +80,187 @@ class RoutingTape:
         return cls(ids, num_experts=num_experts)
 
     @classmethod
-    def _of(cls, ids: Tensor, holes_N: Tensor | None, num_experts: int) -> Self:
+    def from_sglang(
+        cls,
+        data: str | bytes | None,
+        *,
+        num_layers: int,
+        topk: int,
+        moe_layers: Sequence[int] | None = None,
+        num_tokens: int | None = None,
+        num_experts: int | None = None,
+    ) -> RoutingTape:
+        """The tape of one request that SGLang answered; `validate` then looks at its content.
+
+        Args:
+            data: `meta_info["routed_experts"]`: base64 of int32 `[num_tokens - 1, num_layers,
+                topk]`, since the last token is sampled and not processed.
+            num_layers: decoder layers of the model, dense ones too.
+            topk: experts a token.
+            moe_layers: which layers are mixtures of experts; the others, which SGLang fills with
+                zeros, are dropped. None keeps all.
+            num_tokens: prompt and answer, less `routed_experts_start_len`. When told, the row
+                count is checked, and the row that a stop token sometimes leaves is dropped.
+            num_experts: experts of one layer. Tell it if you can. None stores one byte an index if
+                all ids are below 256 and two otherwise, and marks the tape
+                `num_experts_inferred`; the largest id seen is not taken for the size, since
+                tapes of one model would then differ.
+
+        Raises:
+            RoutingError: no payload, truncated base64, a length that no number of rows explains,
+                another number of rows than `num_tokens` asks for, or ids out of range.
+
+        Example:
+            >>> import base64
+            >>> from miles.moe import RoutingTape
+            >>> ids = torch.tensor([[[0, 0], [5, 2]], [[0, 0], [1, 7]]], dtype=torch.int32)
+            >>> data = base64.b64encode(ids.numpy().tobytes())
+            >>> tape = RoutingTape.from_sglang(
+            ...     data, num_layers=2, topk=2, moe_layers=[1], num_tokens=3, num_experts=8
+            ... )
+            >>> tape.expert_ids.tolist(), tape.nbytes
+            ([[[5, 2]], [[1, 7]]], 4)
+        """
+        ids = _formats.decode_sglang(
+            data, num_layers=num_layers, topk=topk, moe_layers=moe_layers, num_tokens=num_tokens
+        )
+        if num_experts is not None:
+            return cls(ids, num_experts=num_experts)
+        tape = cls(ids, num_experts=256 if in_range(ids, 256, low=-1) else MAX_EXPERTS)
+        tape.num_experts_inferred = True
+        return tape
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all; an older file stays if this fails.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from miles.moe import RoutingTape
+            >>> tape = RoutingTape(torch.tensor([[[3, 1]]]), num_experts=8, spans=[(0, 1, 4)])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     tape.save(f"{folder}/tape.safetensors")
+            ...     RoutingTape.load(f"{folder}/tape.safetensors") == tape
+            True
+        """
+        metadata = {
+            "num_experts": self.num_experts,
+            "num_experts_inferred": self.num_experts_inferred,
+            "spans": self.spans,
+        }
+        _formats.write_tape(Path(path), self._ids, self._holes_N, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RoutingTape:
+        """The tape of a file, memory-mapped: the system may drop and reread its pages.
+
+        Ids are read through once to check their range, except where one byte cannot be wrong.
+
+        Raises:
+            RoutingError: a file that is damaged, or that `save` did not write.
+            FileNotFoundError: there is none.
+        """
+        ids, holes_N, metadata = _formats.read_tape(Path(path))
+        num_experts, inferred = metadata["num_experts"], metadata["num_experts_inferred"]
+        spans = _spans.checked(metadata["spans"], len(ids))
+        return cls._of(ids, holes_N, num_experts, spans, inferred)
+
+    def validate(self, *, num_tokens: int | None = None, request_id: str | None = None) -> None:
+        """Raise if this cannot be what a router chose for every token that was processed.
+
+        For one request when it is recorded: later it is one of thousands. What an engine that
+        captured nothing sends is all zero, which no router with `topk` above 1 chooses, since the
+        experts of a token differ. With `topk` 1, zeros are refused if all of at least 32 ids are.
+
+        Args:
+            num_tokens: tokens of the request; all but the last must have a row, and the last may.
+                None: every row that there is must be recorded.
+            request_id: named in the error.
+
+        Raises:
+            RoutingError: rows are missing or too many, all zero, or name an expert twice.
+
+        Example:
+            >>> from miles.moe import RoutingTape
+            >>> tape = RoutingTape(torch.tensor([[[3, 1]], [[0, 2]]]), num_experts=4)
+            >>> tape.validate(num_tokens=3, request_id="a")
+            >>> tape.validate(num_tokens=9, request_id="a")
+            Traceback (most recent call last):
+            ...
+            miles.errors.RoutingError: request 'a': the routing has 2 rows for 9 tokens; ...
+        """
+        who = "" if request_id is None else f"request {request_id!r}: "
+        recorded_N = self.recorded_N
+        _ids.check_recorded(recorded_N, num_tokens, who)
+        _ids.check_choices(self._ids, recorded_N, self.num_experts, who)
+
+    def with_spans(self, spans: Iterable[Sequence[int]]) -> RoutingTape:
+        """The same rows, tagged with (start, end, weight_version); no copy.
+
+        Raises:
+            RoutingError: spans that overlap or lie outside the rows.
+
+        Example:
+            >>> from miles.moe import RoutingTape
+            >>> tape = RoutingTape.unrecorded(3, num_layers=1, topk=1, num_experts=4)
+            >>> tape.with_spans([(0, 2, 7)])[1:].spans
+            (RoutingSpan(start=0, end=1, weight_version=7),)
+        """
+        return self._with(self._ids, self._holes_N, _spans.checked(spans, len(self)))
+
+    def with_num_experts(self, num_experts: int) -> RoutingTape:
+        """The same rows, of a model with so many experts; no copy unless the storage changes.
+
+        Raises:
+            RoutingError: an id that such a model does not have.
+
+        Example:
+            >>> from miles.moe import RoutingTape
+            >>> tape = RoutingTape(torch.tensor([[[3, 1]]]), num_experts=300)
+            >>> tape.nbytes, tape.with_num_experts(8).nbytes
+            (4, 2)
+        """
+        check_num_experts(num_experts)
+        if num_experts < self.num_experts and not in_range(self._ids, num_experts):
+            raise RoutingError(
+                f"the tape holds expert id {int(self._ids.max())}; expected 0..{num_experts - 1}; "
+                "it was recorded from another model"
+            )
+        ids = self._ids.to(storage(num_experts))
+        return self._of(ids, self._holes_N, num_experts, self.spans)
+
+    def _widened(self, bound: int) -> RoutingTape:
+        """The same rows with a larger bound on a number of experts that nobody told."""
+        tape = self.with_num_experts(bound)
+        tape.num_experts_inferred = True
+        return tape
+
+    @classmethod
+    def _of(
+        cls,
+        ids: Tensor,
+        holes_N: Tensor | None,
+        num_experts: int,
+        spans: tuple[RoutingSpan, ...] = (),
+        inferred: bool = False,
+    ) -> Self:
         """A tape of storage that is known to be right."""
         tape = object.__new__(cls)
-        tape.num_experts, tape._ids, tape._holes_N = num_experts, ids, holes_N
+        tape.num_experts, tape.num_experts_inferred, tape.spans = num_experts, inferred, spans
+        tape._ids, tape._holes_N = ids, holes_N
         return tape
+
+    def _with(
+        self, ids: Tensor, holes_N: Tensor | None, spans: tuple[RoutingSpan, ...]
+    ) -> RoutingTape:
+        """Other rows or layers of the same model."""
+        return self._of(ids, holes_N, self.num_experts, spans, self.num_experts_inferred)
 
     def _fill(self, ids: Tensor) -> None:
         """Take what a router's own topk gave, which needs no checking."""
-        self._ids, self._holes_N = ids.to("cpu", _storage(self.num_experts)), None
+        self._ids, self._holes_N = ids.to("cpu", storage(self.num_experts)), None
 
     @property
     def expert_ids(self) -> Tensor:
@@ -117,8 +299,15 @@ class RoutingTape:
     def __getitem__(self, tokens: slice) -> RoutingTape:
         if not isinstance(tokens, slice):
             raise RoutingError(f"got {tokens!r}; expected a slice of tokens, such as tape[0:1]")
+        start, stop, step = tokens.indices(len(self))
+        if step < 0:
+            raise RoutingError(f"got {tokens!r}; expected a slice that goes forward")
+        if step == 1:
+            spans = _spans.clipped(self.spans, start, stop)
+        else:
+            spans = _spans.taken(self.spans, torch.arange(start, max(start, stop), step))
         holes_N = None if self._holes_N is None else self._holes_N[tokens]
-        return self._of(self._ids[tokens], holes_N, self.num_experts)
+        return self._with(self._ids[tokens], holes_N, spans)
 
     def to_bytes(self) -> bytes:
         """The ids in storage order, then one byte a row that says whether it is missing."""
@@ -127,14 +316,20 @@ class RoutingTape:
 
     @classmethod
     def from_bytes(
-        cls, data: bytes, *, num_layers: int, topk: int, num_experts: int
+        cls,
+        data: bytes,
+        *,
+        num_layers: int,
+        topk: int,
+        num_experts: int,
+        spans: Iterable[Sequence[int]] = (),
     ) -> RoutingTape:
-        """The inverse of `to_bytes`.
+        """The inverse of `to_bytes`; spans travel beside the bytes.
 
         Raises:
             RoutingError: a length that no number of tokens explains, or ids out of range.
         """
-        dtype = _storage(num_experts)
+        dtype = storage(num_experts)
         row = num_layers * topk * dtype.itemsize + 1
         if len(data) % row:
             raise RoutingError(
@@ -145,23 +340,40 @@ class RoutingTape:
         flat = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
         ids = flat[: tokens * (row - 1)].view(dtype).view(tokens, num_layers, topk)
         holes_N = flat[tokens * (row - 1) : tokens * row].view(torch.bool)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
+        if not in_range(ids, num_experts):
             raise RoutingError(
                 f"routing holds expert ids up to {int(ids.max())}; expected 0..{num_experts - 1}"
             )
-        return cls._of(ids, holes_N if bool(holes_N.any()) else None, num_experts)
+        return cls._of(
+            ids,
+            holes_N if bool(holes_N.any()) else None,
+            num_experts,
+            _spans.checked(spans, tokens),
+        )
 
     def rows(self, index: Tensor) -> RoutingTape:
         """The tokens of an int64 index, in its order."""
         holes_N = None if self._holes_N is None else self._holes_N[index]
-        return self._of(self._ids[index], holes_N, self.num_experts)
+        spans = self.spans and _spans.taken(self.spans, index % len(self))
+        return self._with(self._ids[index], holes_N, spans)
+
+    def _take(self, index_N: Tensor) -> RoutingTape:
+        """`rows`, where -1 stands for a row that was not recorded."""
+        absent_N = index_N < 0
+        if not bool(absent_N.any()):
+            return self.rows(index_N)
+        safe_N = index_N.clamp(min=0)
+        if self._holes_N is not None:
+            absent_N |= self._holes_N[safe_N]
+        return self._with(self._ids[safe_N], absent_N, _spans.taken(self.spans, index_N))
 
     @classmethod
     def pad(cls, tapes: Sequence[RoutingTape], width: int) -> RoutingTape:
         """Tapes end to end, each with rows that say "not recorded" up to `width` tokens."""
         if not tapes:
             raise EmptyBatchError("RoutingTape.pad got no tape; expected at least one")
-        first = _same_shape(tapes)
+        tapes = _alike(tapes)
+        first = tapes[0]
         if (longest := max(map(len, tapes))) > width:
             raise RoutingError(f"a tape has {longest} rows; expected at most width={width}")
         ids = first._ids.new_zeros((len(tapes), width, *first._ids.shape[1:]))
@@ -170,12 +382,14 @@ class RoutingTape:
             ids[row, : len(tape)] = tape._ids
             holes[row, : len(tape)] = False if tape._holes_N is None else tape._holes_N
         holes_N = holes.flatten() if bool(holes.any()) else None
-        return cls._of(ids.flatten(0, 1), holes_N, first.num_experts)
+        spans = _spans.joined((tape.spans, row * width) for row, tape in enumerate(tapes))
+        return first._with(ids.flatten(0, 1), holes_N, spans)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, RoutingTape)
             and self.num_experts == other.num_experts
+            and self.spans == other.spans
             and torch.equal(self.expert_ids, other.expert_ids)
         )
 
@@ -185,22 +399,43 @@ class RoutingTape:
         holes = 0 if self._holes_N is None else int(self._holes_N.sum())
         return (
             f"RoutingTape(tokens={len(self)}, layers={self.num_layers}, topk={self.topk}, "
-            f"num_experts={self.num_experts}, not_recorded={holes})"
+            f"num_experts{'<=' if self.num_experts_inferred else '='}{self.num_experts}, "
+            f"not_recorded={holes})"
         )
 
     @classmethod
     def cat(cls, tapes: Sequence[RoutingTape]) -> RoutingTape:
-        """Tapes end to end."""
+        """Tapes end to end, in new memory unless there is but one.
+
+        Example:
+            >>> from miles.moe import RoutingTape
+            >>> tape = RoutingTape(torch.tensor([[[3]], [[1]]]), num_experts=4)
+            >>> RoutingTape.cat([tape[1:], tape[:1]]).expert_ids.tolist()
+            [[[1]], [[3]]]
+        """
         if not tapes:
             raise EmptyBatchError("RoutingTape.cat got no tape; expected at least one")
-        first = _same_shape(tapes)
+        tapes = _alike(tapes)
+        if len(tapes) == 1:
+            return tapes[0]
         holes_N = None
         if any(tape._holes_N is not None for tape in tapes):
             holes_N = torch.cat([~tape.recorded_N for tape in tapes])
-        return cls._of(torch.cat([tape._ids for tape in tapes]), holes_N, first.num_experts)
+        offsets = [0, *itertools.accumulate(map(len, tapes))]
+        spans = _spans.joined(zip((tape.spans for tape in tapes), offsets, strict=False))
+        return tapes[0]._with(torch.cat([tape._ids for tape in tapes]), holes_N, spans)
 
 
-def _same_shape(tapes: Sequence[RoutingTape]) -> RoutingTape:
+def _alike(tapes: Sequence[RoutingTape]) -> list[RoutingTape]:
+    """Tapes of one shape; a number of experts that was inferred gives way to one that was told."""
+    told = [tape.num_experts for tape in tapes if not tape.num_experts_inferred]
+    if not told:
+        bound = max(tape.num_experts for tape in tapes)
+        tapes = [tape if tape.num_experts == bound else tape._widened(bound) for tape in tapes]
+    else:
+        tapes = [
+            tape.with_num_experts(told[0]) if tape.num_experts_inferred else tape for tape in tapes
+        ]
     first = tapes[0]
     expected = (first.num_layers, first.topk, first.num_experts)
     for index, tape in enumerate(tapes):
@@ -209,7 +444,7 @@ def _same_shape(tapes: Sequence[RoutingTape]) -> RoutingTape:
             raise RoutingError(
                 f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as tape 0"
             )
-    return first
+    return list(tapes)
 
 
 def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
@@ -236,7 +471,3 @@ def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
         raise RoutingError("no row is recorded in both tapes; expected at least one to compare")
     same = a.expert_ids[both_N].sort(-1).values == b.expert_ids[both_N].sort(-1).values
     return float(same.all(-1).to(torch.float64).mean())
-
-
-def _storage(num_experts: int) -> torch.dtype:
-    return torch.uint8 if num_experts <= 256 else torch.int16
