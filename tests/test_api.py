@@ -109,11 +109,18 @@ ALL = {
         "vapo",
     ],
     "miles.moe": [
+        "REFUSED",
         "ROUTER_FAMILIES",
         "RouterFamily",
         "RoutingReplay",
+        "RoutingSpan",
         "RoutingTape",
+        "discover",
+        "for_context_parallel",
+        "for_pipeline",
+        "for_sequence_parallel",
         "routing_agreement",
+        "self_test",
     ],
     "miles.rollout": [
         "EngineProcess",
@@ -329,13 +336,22 @@ PARAMETERS = {
         "logprobs_T old_logprobs_T advantages_T packed denominators * right_S right_denominators "
         "nll_coef ratio_min ratio_max correction count_rejected averaged_over"
     ),
-    "miles.moe.RoutingTape": "expert_ids * num_experts",
+    "miles.moe.RoutingTape": "expert_ids * num_experts spans",
     "miles.moe.RoutingTape.cat": "tapes",
-    "miles.moe.RoutingReplay": "model",
+    "miles.moe.RoutingReplay": "model * discover",
     "miles.moe.RoutingReplay.record": "self",
     "miles.moe.RoutingReplay.replay": "self tape invalid * required_N",
-    "miles.moe.RouterFamily": "* router num_experts topk",
+    "miles.moe.RouterFamily": "* router num_experts topk group_limited score_ndim",
     "miles.moe.routing_agreement": "a b",
+    "miles.moe.RoutingTape.from_sglang": (
+        "data * num_layers topk moe_layers num_tokens num_experts"
+    ),
+    "miles.moe.RoutingTape.save": "self path",
+    "miles.moe.RoutingTape.load": "path",
+    "miles.moe.RoutingTape.validate": "self * num_tokens request_id",
+    "miles.moe.for_sequence_parallel": "tape rank world_size",
+    "miles.moe.for_context_parallel": "tape cu_seqlens rank world_size",
+    "miles.moe.for_pipeline": "tape layers",
     "miles.rollout.Sample": (
         "tokens loss_mask rollout_logprobs reward status spans routing metadata"
     ),

@@ -21,12 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from miles.errors import RoutingError, SettingError, UnsupportedModelError
+from miles.moe import discovery
 from miles.moe.families import ROUTER_FAMILIES, RouterFamily, find_routers
 from miles.moe.tape import RoutingTape
 
-__all__ = ["ROUTER_FAMILIES", "RouterFamily", "RoutingReplay"]
+__all__ = ["RoutingReplay"]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class _Slot:
     family: RouterFamily
     num_experts: int
     topk: int
+    experts: nn.Module | None
     recorded: list[Tensor] = field(default_factory=list)
     plan_NK: Tensor | None = None
 
@@ -50,22 +53,26 @@ class RoutingReplay:
 
     Args:
         model: a transformers model whose routers are in `ROUTER_FAMILIES`.
+        discover: also look for routers of other families, with a forward pass over three tokens,
+            and test in a few more that they replay.
 
     Raises:
-        UnsupportedModelError: no known router in the model.
+        UnsupportedModelError: no known router in the model, one that can't be replayed (`REFUSED`
+            says why), or a discovered one that fails the self-test.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, discover: bool = False) -> None:
         self._model = model
+        found = discovery.discover(model) if discover else []
         self._slots = [
-            _Slot(name, module, family, *family.sizes(module))
-            for name, module, family in find_routers(model, ROUTER_FAMILIES)
+            _Slot(name, module, family, *family.sizes(module), _experts(model, name))
+            for name, module, family in find_routers(model, [*ROUTER_FAMILIES, *found])
         ]
         if not self._slots:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no router among the {len(ROUTER_FAMILIES)} families "
                 "of miles.moe.ROUTER_FAMILIES; a dense model needs no replay; for another "
-                "mixture-of-experts family append a RouterFamily"
+                "mixture-of-experts family append a RouterFamily, or pass discover=True"
             )
         sizes = {(slot.num_experts, slot.topk) for slot in self._slots}
         if len(sizes) > 1:
@@ -73,6 +80,8 @@ class RoutingReplay:
                 f"the routers have different (experts, topk) {sorted(sizes)}; expected one pair "
                 "for all layers"
             )
+        if found:
+            discovery.self_test(self, model)
 
     @property
     def layers(self) -> list[str]:
@@ -132,7 +141,7 @@ class RoutingReplay:
     def replay(
         self,
         tape: RoutingTape | None,
-        invalid: Literal["raise", "natural"] = "raise",
+        invalid: Literal["raise", "natural", "drop"] = "raise",
         *,
         required_N: Tensor | None = None,
     ) -> Iterator[None]:
@@ -141,7 +150,8 @@ class RoutingReplay:
         Args:
             tape: one row for each token of the forward pass, padding included (None, what `collate`
                 gives for samples without routing, is refused).
-            invalid: what to do where a row was not recorded: raise, or let the router choose.
+            invalid: what to do where a row was not recorded: raise, let the router choose, or drop
+                the row from the experts (its gate weights are zero; shared experts still see it).
             required_N: bool `[N]`, rows that must be recorded under `invalid="raise"`; the others
                 (padding, the last token of a sequence) fall back to the router. All, by default.
 
@@ -149,13 +159,15 @@ class RoutingReplay:
             RoutingError: the tape does not fit the model or the batch, a required row is missing,
                 or a router ran no `topk`.
         """
-        if invalid not in ("raise", "natural"):
-            raise SettingError(f"invalid is {invalid!r}; expected 'raise' or 'natural'")
+        if invalid not in ("raise", "natural", "drop"):
+            raise SettingError(f"invalid is {invalid!r}; expected 'raise', 'natural' or 'drop'")
         if tape is None:
             raise RoutingError(
                 "got no tape; expected the routing of every sample; have the engine record it "
                 "(HFEngine(..., record_routing=True)), or train without replay"
             )
+        if tape.num_experts_inferred:
+            tape = tape.with_num_experts(self.num_experts)
         self._check_tape(tape, invalid, required_N)
         device = next(self._model.parameters()).device
         ids = tape.expert_ids.to(device=device, dtype=torch.int64)
@@ -163,7 +175,12 @@ class RoutingReplay:
             slot.plan_NK = ids[:, layer]
         holes = not bool(tape.recorded_N.all())
         try:
-            with self._intercepting(_replay_with_holes if holes else _replay):
+            with contextlib.ExitStack() as stack:
+                if holes and invalid == "drop":
+                    dropped_N = ~tape.recorded_N.to(device)
+                    for slot in self._slots:
+                        stack.callback(_drop_rows(slot, dropped_N).remove)
+                stack.enter_context(self._intercepting(_replay_with_holes if holes else _replay))
                 yield
         finally:
             for slot in self._slots:
@@ -189,7 +206,7 @@ class RoutingReplay:
             raise RoutingError(
                 f"{int(missing_N.sum())} of {len(tape)} rows were not recorded, the first at token "
                 f'{int(missing_N.nonzero()[0])}; record them, or pass invalid="natural" to let the '
-                "router choose there"
+                'router choose there, or invalid="drop" to leave them out of the experts'
             )
 
     @contextlib.contextmanager
@@ -231,6 +248,39 @@ def _plan(slot: _Slot, scores_NE: Tensor) -> Tensor:
             f"{slot.plan_NK.shape[0]}; expected one row a token, padding included"
         )
     return slot.plan_NK.view(*leading, slot.topk)
+
+
+def _experts(model: nn.Module, router: str) -> nn.Module | None:
+    """The module that the router's choice goes to: its child or sibling named `experts`."""
+    for owner in (router, router.rpartition(".")[0]):
+        experts = getattr(model.get_submodule(owner), "experts", None)
+        if isinstance(experts, nn.Module):
+            return experts
+    return None
+
+
+def _drop_rows(slot: _Slot, dropped_N: Tensor) -> RemovableHandle:
+    """Zero the final gate weights of rows on their way into the experts.
+
+    Zero scores would not do: routers that normalise over the K chosen would divide 0 by 0.
+    """
+
+    def zero(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) != 3 or not args[2].is_floating_point() or args[2].shape[-1] != slot.topk:
+            raise _undroppable(slot)
+        hidden, ids, weights = args
+        return hidden, ids, weights.masked_fill(dropped_N.view(*weights.shape[:-1], 1), 0)
+
+    if slot.experts is None:
+        raise _undroppable(slot)
+    return slot.experts.register_forward_pre_hook(zero)
+
+
+def _undroppable(slot: _Slot) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{slot.name} is a {slot.family.router}, with no experts(hidden, ids, weights) beside it "
+        'in which invalid="drop" could zero the weights; expected invalid="raise" or "natural"'
+    )
 
 
 class _TopKInterceptor(TorchFunctionMode):

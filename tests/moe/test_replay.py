@@ -44,9 +44,9 @@ def loss_and_gradients(model, input_ids):
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_the_tested_families_are_the_registered_ones():
+def test_the_families_of_this_file_are_registered():
     names = {type(routers(tiny(name))[0]).__name__ for name in MOE_FAMILIES}
-    assert names == {entry.router for entry in ROUTER_FAMILIES}
+    assert names <= {entry.router for entry in ROUTER_FAMILIES}
 
 
 @family
