@@ -8,8 +8,8 @@ The loss is GRPO's clip with token-level importance weights and the k3 penalty o
 `[128, 8192]` in float32, a fifth of it masked (and `[2048, 8192]`, on a GPU), averaged over tokens,
 with each library's own readings, forward and backward. TRL's and verl's read some of theirs back
 (`.item()`) as part of it; that is how they are called. On a GPU, ours is timed as called and as a
-replayed CUDA graph, beside its floor: the bytes it cannot avoid (each input once, the gradient once) over
-the bandwidth of a large copy in the same run.
+replayed CUDA graph, beside its floor: the bytes it cannot avoid (each input once, the gradient
+once) over the bandwidth of a large copy in the same run.
 """
 
 from __future__ import annotations
