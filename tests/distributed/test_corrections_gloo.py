@@ -228,7 +228,7 @@ def test_what_is_compared_has_something_to_say(single):
         assert 0 < got["correction/kept"] < 1 and 0 < got["correction/ess_advantage"] < 1
         assert 0 < got["correction/ess"] < 1 or weight is None
     got = single["shared"]["mismatch"]
-    assert sum("/position_" in key for key in got) == 4 and sum("/age_" in key for key in got) == 5
+    assert sum("/position_" in key for key in got) == 8 and sum("/age_" in key for key in got) == 10
     assert single["shared"]["mismatch far"]["mismatch/log1p_chi2_sequence"] > 800
     assert single["shared"]["mismatch impossible"]["mismatch/abs"] == math.inf
 
