@@ -86,9 +86,12 @@ def group_cases() -> list[Case]:
         return Case(name=name, ours=ours, theirs=f"{adv}{theirs}`", run=run, **more)
 
     fast = estimator("grpo_vectorized")
-    rpp = lambda b: ALGOS.compute_reinforce_plus_plus_outcome_advantage(  # noqa: E731
-        final_rewards(b), b.mask.double(), config=Batch(gamma=0.9)
-    )
+
+    def rpp(b: Batch) -> Any:
+        return ALGOS.compute_reinforce_plus_plus_outcome_advantage(
+            final_rewards(b), b.mask.double(), config=Batch(gamma=0.9)
+        )
+
     return [
         case("GRPO", grpo, "grpo", estimator("grpo")),
         case("GRPO", grpo, "grpo_vectorized", fast, tolerance=1e-5, remark=narrow),

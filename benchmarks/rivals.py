@@ -128,7 +128,10 @@ class Trl:
         sampling: Tensor | None = None, splits: int = 1,
     ) -> Tensor:  # fmt: skip
         """`splits` micro-batches make a step; `num_tokens` is that of the whole step."""
-        same = lambda tensor, **_: tensor  # noqa: E731
+
+        def same(tensor: Tensor, **_: Any) -> Tensor:
+            return tensor
+
         args = types.SimpleNamespace(
             delta=delta, use_bias_correction_kl=bias_correction, steps_per_generation=splits,
             sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0,

@@ -186,7 +186,7 @@ class Packed:
         zeros_S = wide_T.new_zeros(self.num_seqs)
         sums_S = zeros_S.index_add(0, self.seq_ids_T, wide_T)
         if self.seq_group is not None:
-            sums_S = _AllReduceSum.apply(sums_S, self.seq_group)  # type: ignore[no-untyped-call]
+            sums_S = _AllReduceSum.apply(sums_S, self.seq_group)
         return sums_S.to(values_T.dtype) if values_T.is_floating_point() else sums_S.to(torch.int64)
 
     def check(self, **tensors: Tensor) -> None:

@@ -73,7 +73,8 @@ def token_logprobs(
     dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
     temperature_T = temperature_of_rows(temperature, targets_T, dtype)
     check_targets(targets_T, logits_TV.shape[0], shard.total)
-    return _TokenLogprobs.apply(logits_TV, targets_T, temperature_T, shard)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = _TokenLogprobs.apply(logits_TV, targets_T, temperature_T, shard)
+    return out
 
 
 class _TokenLogprobs(torch.autograd.Function):

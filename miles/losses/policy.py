@@ -130,7 +130,7 @@ def policy_loss(
         dual_clip=float("inf") if dual_clip is None else dual_clip,
     )  # fmt: skip
     times = _policy_triton().times if chosen == "triton" else torch.mul
-    loss, totals, largest = _GradientInForward.apply(logprobs_T, one_pass, times)  # type: ignore[no-untyped-call]
+    loss, totals, largest = _GradientInForward.apply(logprobs_T, one_pass, times)
     names = ["ratio/mean", "clip/low", "clip/high"] + ["kl/ref"] * (ref_logprobs_T is not None)
     means = {name: Mean(totals[2 + i], totals[1]) for i, name in enumerate(names)}
     return loss, {**means, "ratio/max": Max(largest)}

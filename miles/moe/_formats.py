@@ -130,7 +130,8 @@ def read_tape(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
                     "this version's RoutingTape.save writes it; save it again from what it was "
                     "made of"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # an open file is no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     try:

@@ -46,7 +46,7 @@ class DecodeGraphs:
                 # Other threads (a trainer's) may go on with their own CUDA calls meanwhile.
                 with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                     outputs = self._step(num_rows, num_keys)
-            except Exception as error:
+            except Exception as error:  # whatever a capture forbids; the step shows its own errors
                 self._usable = False
                 warnings.warn(
                     "this model's decoding step cannot be captured as a CUDA graph, so every step "

@@ -66,7 +66,7 @@ _Memory = tuple[StorageWeakRef, int]
 
 def _memory(tensor: Tensor) -> _Memory:
     """Where a tensor lies; a weak reference, since an address alone is used again after a free."""
-    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())
 
 
 def layout(

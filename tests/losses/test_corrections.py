@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles import Packed, count, unpack
+from miles import Packed, unpack
 from miles.errors import (
     DtypeError,
     MissingLogprobError,
@@ -14,39 +14,24 @@ from miles.errors import (
     SettingError,
     ShapeError,
 )
-from miles.losses.aggregation import aggregate
 from miles.losses.corrections import (
-    Correction,
     MaxStaleness,
     OffPolicyNegative,
     Reject,
     Weight,
-    icepop,
     importance_weights,
     interpolate_proximal,
-    masked_is,
     truncated_is,
     veto,
 )
-from miles.losses.metrics import mismatch_metrics, reduce_metrics
-from miles.losses.ratios import log_ratio
-from miles.losses.surrogates import ppo_clip
+from miles.losses.metrics import reduce_metrics
+from tests.corrections import ALL_RULES, TRUNCATE, of_ratios, proximal, readings, versions_of
 from tests.steps import poison, quick, random_step, select
 
 LEVELS = ["token", "sequence_mean", "sequence_sum", "sequence_max", "sequence_min"]
+
+
 STATISTICS = ["ratio", "k1", "k2", "k3"]
-TRUNCATE = Weight(level="token", mode="truncate", high=2.0)
-
-
-def of_ratios(ratios, *, width=None, **settings) -> Correction:
-    """Every token trainable; `width` tokens a sequence."""
-    x_T = torch.tensor(ratios, dtype=torch.float64).log()
-    packed = Packed.from_padded(torch.ones(len(ratios) // (width or 1), width or 1).bool())
-    return importance_weights(x_T - 1, torch.full_like(x_T, -1.0), packed, **settings)
-
-
-def readings(correction) -> dict[str, float]:
-    return {key: value.item() for key, value in reduce_metrics(correction.metrics).items()}
 
 
 @pytest.mark.parametrize(
@@ -383,192 +368,6 @@ def test_bad_shape_and_dtype():
         proximal([0.0, 0.0], [0.0], [0, 0])
 
 
-def test_masked_is_keeps_or_drops_whole_sequences_by_their_geometric_mean():
-    step = random_step()
-    got = masked_is(step.old_T, step.rollout_T, step.packed, low=0.7, high=1.4)
-    rho_T = log_ratio(step.old_T, step.rollout_T, step.packed, level="sequence_mean").exp()
-    keep_T = step.packed.mask_T & (rho_T >= 0.7) & (rho_T <= 1.4)
-    assert torch.equal(got.keep_T, keep_T) and 0 < keep_T.sum() < step.packed.mask_T.sum()
-    assert torch.equal(got.weights_T, torch.where(keep_T, rho_T, 0))
-
-
-def test_masked_is_and_icepop_of_literals():
-    old_T = torch.tensor([0.4, 0.5, 2.0, 2.5, 5.0, 5.5], dtype=torch.float64).log()
-    packed, rollout_T = Packed.from_padded(torch.ones(6, 1).bool()), torch.zeros(6).double()
-    got = masked_is(old_T, rollout_T, packed).weights_T.tolist()
-    assert got == pytest.approx([0.0, 0.5, 2.0, 0.0, 0.0, 0.0])
-    got = icepop(old_T[1:].clone(), rollout_T[1:], Packed.from_padded(torch.ones(1, 5).bool()))
-    assert got.weights_T.tolist() == pytest.approx([0.5, 2.0, 2.5, 5.0, 0.0])
-    assert got.keep_T.tolist() == [True, True, True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"weight": TRUNCATE}, [1.10517, 0.22313, 2.0, 4.53999e-05, 1.34986]),
-        (
-            {"weight": Weight(level="token", mode="mask", low=0.5, high=2.0)},
-            [1.10517, 0, 0, 0, 1.34986],
-        ),
-        ({"weight": TRUNCATE, "reject": [veto()]}, [0.0] * 5),
-        ({"weight": Weight(level="sequence_mean", mode="truncate", high=2.0)}, [0.12745] * 5),
-        ({"weight": Weight(level="sequence_sum", mode="truncate", high=2.0)}, [3.363e-05] * 5),
-    ],
-)
-def test_the_worked_example_of_the_survey(settings, expected):
-    x_T = torch.tensor([0.1, -1.5, 0.8, -10.0, 0.3], dtype=torch.float64)
-    packed = Packed.from_padded(torch.ones(1, 5).bool())
-    got = importance_weights(x_T, torch.zeros_like(x_T), packed, **settings)
-    assert got.weights_T.tolist() == pytest.approx(expected, rel=1e-4)
-
-
-def test_veto_rejects_the_sequence_of_one_broken_token():
-    got = of_ratios([1.0, 5e-5, 1.0, 2e-4], width=2, weight=None, reject=[veto()])
-    assert got.keep_T.tolist() == [False, False, True, True]
-    got = of_ratios([1.0, 5e-5, 1.0, 2e-4], width=2, weight=None, reject=[veto(1e-5)])
-    assert got.keep_T.all()
-
-
-@pytest.mark.parametrize(
-    ("advantages", "kept"),
-    [
-        ([-1.0, -1.0, -1.0, -1.0], [False, True]),  # only the first has moved away
-        ([1.0, 1.0, -1.0, -1.0], [True, True]),
-        ([0.0, 0.0, 0.0, 0.0], [True, True]),
-        ([3.0, -4.0, -1.0, -1.0], [False, True]),  # its mean is below 0
-        ([4.0, -3.0, -1.0, -1.0], [True, True]),
-    ],
-)
-def test_off_policy_negative_of_literals(advantages, kept):
-    packed = Packed.from_padded(torch.ones(2, 2).bool())
-    old_T, rollout_T = (
-        torch.tensor([-3.0, -1.0, -1.0, -2.0]),
-        torch.tensor([-1.0, -2.0, -2.0, -1.0]),
-    )
-    settings = {"weight": None, "advantages_T": torch.tensor(advantages)}
-    for delta, expected in ((0.1, kept), (0.5, [True, True])):  # mean(rollout - old) is 0.5 and 0
-        rules = [OffPolicyNegative(delta=delta)]
-        got = importance_weights(old_T, rollout_T, packed, reject=rules, **settings)
-        assert got.keep_T.tolist() == [keep for keep in expected for _ in range(2)]
-
-
-def test_off_policy_negative_looks_at_trainable_tokens_only():
-    packed = Packed.from_padded(torch.tensor([[True, False, False]]))
-    old_T, rollout_T = torch.tensor([-1.0, -9.0, math.nan]), torch.tensor([-1.0, 0.0, math.inf])
-    rules = [OffPolicyNegative()]
-    advantages_T = torch.tensor([-1.0, math.inf, math.nan])
-    got = importance_weights(
-        old_T, rollout_T, packed, weight=None, reject=rules, advantages_T=advantages_T
-    )
-    assert got.keep_T.tolist() == [True, False, False]
-
-
-@quick
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.1]))
-def test_off_policy_negative_matches_a_loop_over_sequences(seed, delta):
-    step = random_step(seed)
-    got = importance_weights(
-        step.old_T,
-        step.rollout_T,
-        step.packed,
-        weight=None,
-        reject=[OffPolicyNegative(delta=delta)],
-        advantages_T=step.advantages_T,
-    )
-    expected = [False] * step.packed.num_positions
-    for seq in range(step.packed.num_seqs):
-        member_T = step.packed.mask_T & (step.packed.seq_ids_T == seq)
-        gap = (step.rollout_T - step.old_T)[member_T].mean()
-        for token in member_T.nonzero().flatten().tolist():
-            expected[token] = not (step.advantages_T[member_T].mean() < 0 and gap > delta)
-    assert got.keep_T.tolist() == expected
-
-
-def test_max_staleness_rejects_single_tokens_of_old_versions():
-    packed = Packed.from_padded(torch.tensor([[True, True, True, True, False]]))
-    settings = {"weight": None, "versions_T": torch.tensor([2, 3, 4, 5, -1]), "current_version": 5}
-    for limit, expected in ((0, [3]), (1, [2, 3]), (2, [1, 2, 3]), (9, [0, 1, 2, 3])):
-        got = importance_weights(
-            torch.zeros(5), torch.ones(5), packed, reject=[MaxStaleness(limit)], **settings
-        )
-        assert got.keep_T.nonzero().flatten().tolist() == expected
-
-
-def proximal(behave, current, versions, *, proximal_version=4, current_version=5, mask=None):
-    mask = [True] * len(behave) if mask is None else mask
-    return interpolate_proximal(
-        torch.tensor(behave, dtype=torch.float64, requires_grad=True),
-        torch.tensor(current, dtype=torch.float64, requires_grad=True),
-        Packed.from_padded(torch.tensor([mask])),
-        versions_T=torch.tensor(versions),
-        proximal_version=proximal_version,
-        current_version=current_version,
-    )
-
-
-def test_proximal_logprobs_of_literals():
-    got = proximal([-2.0] * 5, [-1.0] * 5, [1, 2, 3, 4, 5])
-    assert got.tolist() == pytest.approx([-1.25, -4 / 3, -1.5, -2.0, -2.0])
-    assert not got.requires_grad
-    # Versions above the proximal one, and those of the current policy, keep what they sampled with.
-    got = proximal([-2.0] * 4, [-1.0] * 4, [1, 3, 4, 5], proximal_version=2)
-    assert got.tolist() == [-1.75, -2.0, -2.0, -2.0]
-    got = proximal([-0.1, -0.3], [-0.7, -0.9], [1, 5], proximal_version=5)
-    assert got.tolist() == [-0.7, -0.3]
-
-
-def test_proximal_logprobs_skip_masked_garbage_and_show_broken_tokens():
-    got = proximal(
-        [math.nan, -math.inf, -1.0, -1.0, math.nan],
-        [math.inf, math.nan, -math.inf, -math.inf, -1.0],
-        [-1, 99, 5, 3, 3],
-        mask=[False, False, True, True, True],
-    )
-    assert got.tolist()[:4] == [0.0, 0.0, -1.0, -math.inf] and got[4].isnan()
-    assert proximal([-1.0], [math.nan], [5]).isnan().all()
-
-
-@quick
-@given(st.integers(0, 10_000), st.integers(0, 5), st.permutations(range(8)))
-def test_proximal_logprobs_lie_between_both_policies_and_follow_their_tokens(seed, version, order):
-    step = random_step(seed)
-    mask_T, versions_T = step.packed.mask_T, versions_of(step, seed)
-    settings = {"proximal_version": version, "current_version": 5}
-    got = interpolate_proximal(
-        step.rollout_T, step.old_T, step.packed, versions_T=versions_T, **settings
-    )
-    low_T, high_T = (
-        torch.minimum(step.rollout_T, step.old_T),
-        torch.maximum(step.rollout_T, step.old_T),
-    )
-    assert ((got >= low_T - 1e-12) & (got <= high_T + 1e-12))[mask_T].all()
-    assert (got[~mask_T] == 0).all()
-    packed, index_T = select(step.packed, list(order))
-    moved = interpolate_proximal(
-        step.rollout_T[index_T],
-        step.old_T[index_T],
-        packed,
-        versions_T=versions_T[index_T],
-        **settings,
-    )
-    assert torch.equal(moved, got[index_T])
-
-
-def versions_of(step, seed):
-    """0 to 5 where trainable, nonsense elsewhere."""
-    rng = torch.Generator().manual_seed(seed)
-    versions_T = torch.randint(0, 6, step.old_T.shape, generator=rng)
-    return torch.where(step.packed.mask_T, versions_T, torch.arange(len(versions_T)) % 3 * 50 - 1)
-
-
-ALL_RULES = [
-    OffPolicyNegative(delta=0.3),
-    MaxStaleness(4),
-    veto(0.2),
-    Reject(level="token", statistic="k2", high=1.0),
-]
-
-
 def corrected(step, versions_T, packed=None, index_T=None, **settings):
     """With every kind of rule; of the tokens at `index_T`, as `packed` lays them out."""
     names = {"advantages_T": step.advantages_T, "versions_T": versions_T}
@@ -644,122 +443,3 @@ def test_every_rule_of_the_test_above_keeps_some_and_rejects_some():
     parts = [corrected(step, versions_of(step, 0), weight=TRUNCATE).metrics for step in steps]
     shares = {key: x.item() for key, x in reduce_metrics(parts).items() if "/kept" in key}
     assert len(shares) == 1 + len(ALL_RULES) and all(0 < x < 1 for x in shares.values()), shares
-
-
-def losses_by_micro_batch_size(correct):
-    """Of 8 sequences with advantages +-1, in micro-batches of 8, 4, 2 and 1."""
-    step = random_step(3)
-    chosen = [0, 2, 3, 4, 5, 6, 7, 0]
-    advantages_S = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
-    losses = []
-    for size in (8, 4, 2, 1):
-        cuts = [range(start, start + size) for start in range(0, 8, size)]
-        micros = [select(step.packed, [chosen[seq] for seq in cut]) for cut in cuts]
-        pairs = [(step.old_T[index_T], step.rollout_T[index_T]) for _, index_T in micros]
-        corrections = correct([packed for packed, _ in micros], pairs)
-        denominators = count([packed for packed, _ in micros])
-        losses += [
-            sum(
-                aggregate(
-                    -packed.per_token(advantages_S[list(cut)]),
-                    packed,
-                    denominators,
-                    mode="seq_mean_token_mean",
-                    weights_T=correction.weights_T,
-                ).item()
-                for cut, (packed, _), correction in zip(cuts, micros, corrections, strict=True)
-            )
-        ]
-    return losses
-
-
-NORMALIZED = {
-    "weight": Weight(level="sequence_mean", mode="truncate", high=2.0),
-    "normalize": "mean",
-}
-
-
-def test_upstream_normalised_weights_per_micro_batch_so_the_loss_depended_on_its_size():
-    def whole_step(parts, pairs):
-        old_T, rollout_T = (torch.cat(side) for side in zip(*pairs, strict=True))
-        whole = importance_weights(old_T, rollout_T, Packed.cat(parts), **NORMALIZED)
-        return whole.split([packed.num_positions for packed in parts])
-
-    def each_alone(parts, pairs):
-        return [
-            importance_weights(*pair, packed, **NORMALIZED)
-            for packed, pair in zip(parts, pairs, strict=True)
-        ]
-
-    losses = losses_by_micro_batch_size(whole_step)
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12) and abs(losses[0]) > 1e-3
-    losses = losses_by_micro_batch_size(each_alone)  # what upstream does
-    assert len({round(loss, 4) for loss in losses}) == 4 and losses[3] == pytest.approx(
-        0, abs=1e-12
-    )
-
-
-def test_upstream_raised_for_the_geometric_level_with_normalisation():
-    got = of_ratios([1.0, 4.0, 0.5, 2.0], width=2, **NORMALIZED)
-    assert got.weights_T.tolist() == pytest.approx([4 / 3, 4 / 3, 2 / 3, 2 / 3])
-
-
-def test_upstream_let_normalised_weights_pass_their_cap():
-    plain = of_ratios([0.2, 0.2, 2.0], weight=TRUNCATE).weights_T
-    assert (plain / plain.mean()).tolist() == pytest.approx([0.25, 0.25, 2.5])  # what upstream gave
-    got = of_ratios([0.2, 0.2, 2.0], weight=TRUNCATE, normalize="mean")
-    assert got.weights_T.tolist() == pytest.approx([0.25, 0.25, 2.0])
-
-
-def test_upstream_could_not_reject_without_weighting():
-    got = of_ratios([1.0, 1.5, 9.0, 1.0], width=2, weight=None, reject=[veto(), *ALL_RULES[3:]])
-    assert got.weights_T.tolist() == [1.0, 1.0, 0.0, 1.0]
-    assert got.keep_T.tolist() == [True, True, False, True]
-
-
-def test_upstream_hid_a_broken_ratio_by_nan_to_num():
-    packed = Packed.from_padded(torch.ones(1, 2).bool())
-    old_T = torch.tensor([0.0, 0.0])
-    with pytest.raises(MissingLogprobError, match=r"position 1 .* in rollout_logprobs_T"):
-        truncated_is(old_T, torch.tensor([0.0, math.nan]), packed)
-    never_sampled_T = torch.tensor([0.0, -math.inf])  # an infinite ratio, not a weight of 0
-    assert truncated_is(old_T, never_sampled_T, packed).weights_T.tolist() == [1.0, 2.0]
-    gap = reduce_metrics(mismatch_metrics(old_T, never_sampled_T, packed))
-    assert gap["mismatch/ratio_max"] == gap["mismatch/abs"] == math.inf
-
-
-def test_a_step_of_which_every_token_is_rejected_trains_on_nothing_and_says_so():
-    step = random_step()
-    got = importance_weights(
-        step.old_T,
-        step.rollout_T,
-        step.packed,
-        weight=TRUNCATE,
-        reject=[Reject(level="token", statistic="ratio", high=0.0)],
-        normalize="mean",
-        advantages_T=step.advantages_T,
-    )
-    leaf_T = step.leaf()
-    surrogate = ppo_clip(log_ratio(leaf_T, step.old_T, step.packed), step.advantages_T)
-    loss = aggregate(
-        surrogate.loss_T,
-        step.packed,
-        count(step.packed),
-        weights_T=got.weights_T,
-        keep_T=got.keep_T,
-    )
-    loss.backward()
-    assert loss.item() == 0.0 and (leaf_T.grad == 0).all()
-    values = readings(got)
-    assert values["correction/kept"] == values["correction/kept/token_ratio"] == 0.0
-    assert values["correction/weight_max"] == -math.inf
-    for name in ("weight_mean", "ess", "ess_advantage", "capped"):
-        assert math.isnan(values[f"correction/{name}"])
-
-
-@pytest.mark.parametrize(
-    "bounds", [{"low": 2.0, "high": 0.5}, {"low": math.nan}, {"high": 1e9}, {"low": 1e-10}]
-)
-def test_rejections_that_reject_all_or_can_never_reject_are_refused(bounds):
-    with pytest.raises(SettingError, match="expected"):
-        Reject(level="token", statistic="ratio", **bounds)

@@ -2,6 +2,7 @@ import base64
 import contextlib
 import json
 import resource
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -428,7 +429,7 @@ def bad_inputs():
         pair = [good, other]
         yield RoutingError, "tape 1", "(1, 2, 4)", lambda pair=pair: RoutingTape.cat(pair)
     for number in (0, 40000):
-        resize = lambda number=number: good.with_num_experts(number)  # noqa: E731
+        resize = partial(good.with_num_experts, number)
         yield RoutingError, f"num_experts is {number}", "1 to 32768", resize
     yield RoutingError, "expert id 1", "0..0", lambda: good.with_num_experts(1)
     yield RoutingError, "slice(None, None, -1)", "forward", lambda: good[::-1]
@@ -448,11 +449,11 @@ def bad_inputs():
     yield RoutingError, "num_layers is 0", "1 or more", lambda: decode(data, num_layers=0)
     yield RoutingError, "topk 0", "1 or more", lambda: decode(data, topk=0)
     for tokens in (1, 4):
-        short = lambda tokens=tokens: decode(data, num_tokens=tokens)  # noqa: E731
+        short = partial(decode, data, num_tokens=tokens)
         yield RoutingError, f"2 rows for {tokens} tokens", f"expected {tokens - 1}", short
     yield RoutingError, "num_tokens is 0", "1 or more", lambda: decode("", num_tokens=0)
     for layers in ([], [1], [-1], [0, 0]):
-        pick = lambda layers=layers: decode(data, moe_layers=layers)  # noqa: E731
+        pick = partial(decode, data, moe_layers=layers)
         yield RoutingError, f"moe_layers is {layers}", "distinct layers in 0..0", pick
     yield RoutingError, "token 1, layer 0", "0..2", lambda: decode(data, num_experts=3)
     far = sglang([[[0, 32768]]])

@@ -254,7 +254,7 @@ def test_an_engine_answers_with_the_trainers_weights(address):
         assert engine.submit([5, 6], params(20)).result(60).tokens == got.tokens
 
 
-@pytest.mark.parametrize("where", ["/nowhere/weights", "/tmp/" + "x" * 120])
-def test_an_address_that_cannot_be_is_refused_with_what_to_do(where):
+@pytest.mark.parametrize("name", ["nowhere/weights", "x" * 120])
+def test_an_address_that_cannot_be_is_refused_with_what_to_do(tmp_path, name):
     with pytest.raises(SettingError, match="a folder that exists"):
-        SharedMemoryReceiver(Target(), where)
+        SharedMemoryReceiver(Target(), tmp_path / name)

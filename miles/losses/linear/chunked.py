@@ -40,7 +40,8 @@ def chunked_logprobs(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and entropy, `[T]` each."""
-    return _Chunked.apply(hidden_TD, weight_VD, bias_V, scoring)  # type: ignore[no-any-return, no-untyped-call]
+    out: tuple[Tensor, Tensor | None] = _Chunked.apply(hidden_TD, weight_VD, bias_V, scoring)
+    return out
 
 
 class _Chunked(torch.autograd.Function):

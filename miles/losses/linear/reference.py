@@ -26,12 +26,12 @@ def reference_logprobs(
     ignored_T = targets_T == IGNORED
     hidden_TD = torch.where(ignored_T[:, None], 0, hidden_TD.to(dtype))
 
-    logits_TV = _SumOfGrads.apply(hidden_TD, shard) @ weight_VD.to(dtype).T  # type: ignore[no-untyped-call]
+    logits_TV = _SumOfGrads.apply(hidden_TD, shard) @ weight_VD.to(dtype).T
     if bias_V is not None:
         logits_TV = logits_TV + bias_V.to(dtype)
     if scoring.softcap is not None:
         logits_TV = scoring.softcap * torch.tanh(logits_TV / scoring.softcap)
-    logits_TW = _WholeVocab.apply(logits_TV, shard) / scoring.temperature_T[:, None]  # type: ignore[no-untyped-call]
+    logits_TW = _WholeVocab.apply(logits_TV, shard) / scoring.temperature_T[:, None]
     if scoring.keep is not None:
         logits_TW = logits_TW.masked_fill(~scoring.keep.mask(shard.total), -torch.inf)
 

@@ -37,7 +37,7 @@ def operand_dtype(hidden_TD: Tensor, weight_VD: Tensor, *, backward: bool = Fals
         low
         and weight_VD.dtype == dtype
         and hidden_TD.device.type == "cuda"
-        and "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
+        and "dtype" in torch.ops.aten.mm.overloads()
     ):
         return dtype
     return compute_dtype(hidden_TD, weight_VD)
