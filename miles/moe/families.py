@@ -172,12 +172,14 @@ def find_routers(
     known = {family.router: family for family in families}
     found = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind in known:
-            found.append((name, module, known[kind]))
-        elif kind in REFUSED:
-            raise UnsupportedModelError(
-                f"{name or type(model).__name__} is a {kind}, whose routing can't be recorded or "
-                f"replayed: {REFUSED[kind]}; train this model without routing replay"
-            )
+        # FSDP2 gives a module a class of its own, derived from the model's.
+        for kind in (cls.__name__ for cls in type(module).__mro__):
+            if kind in REFUSED:
+                raise UnsupportedModelError(
+                    f"{name or type(model).__name__} is a {kind}, whose routing can't be recorded "
+                    f"or replayed: {REFUSED[kind]}; train this model without routing replay"
+                )
+            if kind in known:
+                found.append((name, module, known[kind]))
+                break
     return found

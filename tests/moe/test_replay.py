@@ -6,6 +6,7 @@ import torch
 from miles.errors import RoutingError, SettingError, UnsupportedModelError
 from miles.moe import ROUTER_FAMILIES, RoutingReplay, RoutingTape
 from tests.models import MOE_FAMILIES, routers, tiny, token_batch
+from tests.moe.plans import loss_and_gradients, random_plan, same, with_holes
 
 family = pytest.mark.parametrize("name", MOE_FAMILIES)
 
@@ -24,24 +25,6 @@ def experts_seen(model, run) -> torch.Tensor:
                 stack.callback(hook.remove)
         run()
     return torch.stack(seen, 1)
-
-
-def random_plan(replay: RoutingReplay, rows: int, seed: int = 1) -> RoutingTape:
-    scores = torch.rand(
-        rows,
-        len(replay.layers),
-        replay.num_experts,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    ids = scores.argsort(-1)[..., : replay.topk]
-    return RoutingTape(ids, num_experts=replay.num_experts)
-
-
-def loss_and_gradients(model, input_ids):
-    model.zero_grad()
-    logits = model(input_ids).logits
-    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_the_families_of_this_file_are_registered():
@@ -76,7 +59,7 @@ def test_recording_changes_nothing(name):
 
 
 @family
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
 def test_replay_of_ones_own_routing_is_bitwise_the_same_in_logits_and_gradients(name, experts):
     model, input_ids = tiny(name, experts=experts), token_batch()
     replay = RoutingReplay(model)
@@ -231,18 +214,6 @@ def test_a_model_without_routers_is_refused():
         RoutingReplay(tiny("llama"))
 
 
-def test_gradient_checkpointing_is_refused_in_training_only():
-    model = tiny("qwen3_moe")
-    replay = RoutingReplay(model)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    with replay.record() as tape:
-        model(token_batch())
-    model.train()
-    for block in (replay.record(), replay.replay(tape)):
-        with raises(UnsupportedModelError, "gradient_checkpointing_disable"), block:
-            pass
-
-
 def test_a_router_that_runs_no_topk_is_noticed():
     model = tiny("qwen3_moe")
     replay = RoutingReplay(model)
@@ -260,12 +231,121 @@ def test_a_router_that_runs_no_topk_is_noticed():
     assert gate.forward is argsorted
 
 
-def test_recording_inside_a_replay_is_refused_not_silently_empty():
+def test_recording_inside_a_replay_gives_what_was_replayed():
     model = tiny("qwen3_moe")
     replay = RoutingReplay(model)
-    forced = replay.replay(random_plan(replay, 21))
-    with raises(RoutingError, r"enter record\(\) before replay\(\)"), forced, replay.record():
+    plan = random_plan(replay, 21)
+    with replay.replay(plan), replay.record() as inside:
         model(token_batch())
+    with replay.record() as outside, replay.replay(plan):
+        model(token_batch())
+    assert inside == outside == plan
+
+
+def test_recording_inside_the_replay_of_another_object_is_refused_not_silently_empty():
+    model = tiny("qwen3_moe")
+    forced = RoutingReplay(model).replay(random_plan(RoutingReplay(model), 21))
+    with raises(RoutingError, "another RoutingReplay"), forced, RoutingReplay(model).record():
+        model(token_batch())
+
+
+def test_a_context_entered_twice_is_refused_and_the_first_goes_on():
+    model, input_ids = tiny("qwen3_moe"), token_batch()
+    replay = RoutingReplay(model)
+    plan, other = random_plan(replay, 21), random_plan(replay, 21, seed=2)
+    with replay.replay(plan):
+        forced = model(input_ids).logits
+        with (
+            raises(RoutingError, r"replay\(\) was entered inside replay\(\)"),
+            replay.replay(other),
+        ):
+            pass
+        assert torch.equal(model(input_ids).logits, forced)
+    with replay.record() as tape:
+        with raises(RoutingError, r"record\(\) was entered inside record\(\)"), replay.record():
+            pass
+        model(input_ids)
+    assert len(tape) == 21
+    with replay.replay(other):  # neither refusal left anything behind
+        model(input_ids)
+
+
+def test_the_routers_own_choice_is_noted_beside_the_replayed_one():
+    model, input_ids = tiny("qwen3_moe"), token_batch()
+    replay = RoutingReplay(model)
+    plan = with_holes(random_plan(replay, 21), every=4)
+    with replay.replay(plan, "natural") as nothing:
+        forced = model(input_ids).logits
+    with replay.replay(plan, "natural", record_natural=True) as natural, replay.record() as used:
+        noted = model(input_ids).logits
+    with replay.record() as free:
+        model(input_ids)
+    assert len(nothing) == 0 and torch.equal(forced, noted)
+    assert torch.equal(natural.expert_ids[:, 0], free.expert_ids[:, 0])  # before any expert
+    assert natural != free  # the second layer routes what the forced experts of the first made
+    assert torch.equal(used.expert_ids[1:4], plan.expert_ids[1:4])
+    assert torch.equal(used.expert_ids[::4], natural.expert_ids[::4])
+
+
+def test_a_prefetched_tape_replays_as_the_tape():
+    model, input_ids = tiny("qwen3_moe"), token_batch()
+    replay = RoutingReplay(model)
+    for tape in (random_plan(replay, 21), with_holes(random_plan(replay, 21), every=3)):
+        plan = replay.prefetch(tape)
+        with replay.replay(tape, "natural"):
+            direct = model(input_ids).logits
+        for _ in range(2):
+            with replay.replay(plan, "natural"):
+                assert torch.equal(model(input_ids).logits, direct)
+    with raises(RoutingError, "7 of 21 rows were not recorded"), replay.replay(plan):
+        pass
+    with raises(RoutingError, "the tape has"):
+        replay.prefetch(RoutingTape.unrecorded(21, num_layers=3, topk=2, num_experts=8))
+
+
+@family
+def test_autocast_replays_its_own_routing_bitwise(name):
+    model, input_ids = tiny(name, experts="grouped_mm"), token_batch()
+    replay = RoutingReplay(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        with replay.record() as tape:
+            plain = loss_and_gradients(model, input_ids)
+        with replay.replay(tape):
+            replayed = loss_and_gradients(model, input_ids)
+        with replay.replay(random_plan(replay, 21)):
+            other, _ = loss_and_gradients(model, input_ids)
+    assert torch.equal(plain[0], replayed[0]) and same(plain[1], replayed[1])
+    assert not torch.equal(plain[0], other)
+
+
+@family
+def test_a_frozen_router_passes_the_gradient_of_its_gates_on(name):
+    model, input_ids = tiny(name), token_batch()
+    replay = RoutingReplay(model)
+    plan = random_plan(replay, 21)
+    with replay.replay(plan):
+        _, free = loss_and_gradients(model, input_ids)
+    for router in routers(model):
+        router.requires_grad_(False)
+    with replay.replay(plan):
+        _, frozen = loss_and_gradients(model, input_ids)
+    gates = free.keys() - frozen.keys()
+    assert len(gates) == 2 and all(free[gate].any() for gate in gates)
+    assert same({name: free[name] for name in frozen}, frozen)
+
+
+@pytest.mark.parametrize("source", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_routing_recorded_under_one_experts_implementation_replays_under_another(source, experts):
+    input_ids = token_batch()
+    recorder, model = tiny("qwen3_moe", experts=source), tiny("qwen3_moe", experts=experts)
+    with RoutingReplay(recorder).record() as tape:
+        expected = recorder(input_ids).logits
+    replay = RoutingReplay(model)
+    with replay.replay(tape), replay.record() as used:
+        got = model(input_ids).logits
+    assert used == tape
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fail", [False, True])

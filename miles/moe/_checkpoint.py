@@ -1,0 +1,124 @@
+"""Activation checkpointing runs a forward pass again in the backward pass, with the same experts.
+
+By then another micro-batch may be replayed, or none. Non-reentrant checkpointing keeps, for each
+region, a function that runs it again; around that one goes what the region's routers had to choose.
+The binding lives and dies with the region's part of the graph, in whatever order these are run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from miles.errors import RoutingError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from miles.moe._intercept import Forced, Router
+
+__all__ = ["bind", "in_backward", "refuse_compiled_regions"]
+
+
+def in_backward() -> bool:
+    """Whether this runs in a backward pass, as the second run of a checkpointed region does."""
+    # No public name tells; torch.utils.checkpoint asks the same way.
+    return torch._C._current_graph_task_id() != -1
+
+
+def bind(router: Router, forced: Forced) -> None:
+    """Have the region that is running, if any, choose the same when it is run again.
+
+    Raises:
+        UnsupportedModelError: the region is of the reentrant kind, which keeps no such function.
+        RoutingError: the region can't be told.
+    """
+    if in_backward():
+        raise RoutingError(
+            f"{router.name} is run again in a backward pass inside replay(), and its first run was "
+            "not replayed, so the tape of this block is not its own; leave replay() before the "
+            "backward pass of what was not replayed"
+        )
+    region = _region()
+    if region is None:
+        _refuse_hidden_regions(router)
+        return
+    if not isinstance(region.recompute_fn, _Again):
+        region.recompute_fn = _Again(region.recompute_fn)
+    region.recompute_fn.forced[router] = forced.again()
+
+
+class _Again:
+    """The second run of a region, with the choices of the first."""
+
+    def __init__(self, recompute: Any) -> None:
+        self._recompute = recompute
+        self.forced: dict[Router, Forced] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for router, forced in self.forced.items():
+                stack.enter_context(router.forcing(forced))
+            return self._recompute(*args)
+
+
+def _region() -> Any:
+    """The innermost non-reentrant region (`_CheckpointFrame`) whose first run this is, or None.
+
+    Its hook on saved tensors is on top and closes over it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = hooks[0] if hooks else None
+    code = getattr(pack, "__code__", None)
+    if code is None or code.co_filename != torch.utils.checkpoint.__file__:
+        return None
+    if "frame" not in code.co_freevars:
+        return None
+    return pack.__closure__[code.co_freevars.index("frame")].cell_contents
+
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _refuse_hidden_regions(router: Router) -> None:
+    """Look through the calls that led here for checkpointing that nothing can be bound to."""
+    call = sys._getframe()
+    while call.f_back is not None:
+        call = call.f_back
+        if call.f_code is _REENTRANT:
+            raise UnsupportedModelError(
+                f"{router.name} runs under reentrant activation checkpointing, which would run it "
+                "again after the replay with other experts; expected use_reentrant=False, for "
+                "transformers model.gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        if call.f_code.co_filename == torch.utils.checkpoint.__file__ and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"{router.name} runs under activation checkpointing that other hooks on saved "
+                "tensors hide (save_on_cpu?), so its second run could not be given these experts; "
+                "expected checkpointing inside such hooks, not around them"
+            )
+
+
+def refuse_compiled_regions(model: nn.Module) -> None:
+    """A compiled region inside a checkpointed layer can't tell the layer what it chose.
+
+    Raises:
+        UnsupportedModelError: a layer is checkpointed by transformers and compiled by itself.
+    """
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        # transformers sets the flag on whole models too; only such a layer wraps its own call.
+        wraps = any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
+        if not wraps or not getattr(module, "gradient_checkpointing", False):
+            continue
+        if any(part._compiled_call_impl is not None for part in module.modules()):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__} is checkpointed around a compiled module, whose "
+                "second run could not be given the same experts; expected torch.compile(model), "
+                "with checkpointing inside, or one of the two"
+            )
