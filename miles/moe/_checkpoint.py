@@ -113,8 +113,9 @@ def refuse_compiled_regions(model: nn.Module) -> None:
         return
     for name, module in model.named_modules():
         # transformers sets the flag on whole models too; only such a layer wraps its own call.
-        wraps = any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
-        if not wraps or not getattr(module, "gradient_checkpointing", False):
+        if not vars(module).get("gradient_checkpointing") or not any(
+            cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__
+        ):
             continue
         if any(part._compiled_call_impl is not None for part in module.modules()):
             raise UnsupportedModelError(

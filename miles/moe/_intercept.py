@@ -111,9 +111,9 @@ class Router:
     @contextlib.contextmanager
     def forcing(self, forced: Forced) -> Iterator[None]:
         """Choose what `forced` says."""
+        hook = self._drop_holes() if forced.drop else None
         before, self.forced = self.forced, forced
         self._put_up()
-        hook = self._drop_holes() if forced.drop else None
         try:
             yield
         finally:
