@@ -53,18 +53,21 @@ class Config:
     """What was measured; asked of git where that is left out."""
 
 
-def timed(function: Callable[[], Any], repeats: int, device: str) -> list[float]:
-    """Seconds of each call; the device is waited for."""
-    values = []
-    for repeat in range(repeats + 3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= 3:
-            values.append(time.perf_counter() - start)
+def timed(
+    runs: dict[str, Callable[[], Any]], repeats: int, device: str, *, warm: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each call, in turns, since a busy machine slows all; the device is waited for."""
+    values: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + warm):
+        for name, run in runs.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= warm:
+                values[name].append(time.perf_counter() - start)
     return values
 
 
@@ -184,6 +187,8 @@ def time_loss(config: Config, verl: Verl, trl: Trl, num_seqs: int) -> dict[str, 
 
     runs = {f"miles ({b})": lambda b=b: ours(b) for b in backends(config.device)}
     runs |= {rival.name: lambda rival=rival: theirs(rival) for rival in (verl, trl)}
+    # Threads of a compiled CPU kernel spin on for a while, which would slow whoever comes next.
+    runs["miles (compiled)"] = runs.pop("miles (compiled)")
     expected = ours("reference")
     for name, run in runs.items():
         gap = float((run() - expected).norm() / expected.norm())
@@ -192,7 +197,7 @@ def time_loss(config: Config, verl: Verl, trl: Trl, num_seqs: int) -> dict[str, 
 
 
 def backends(device: str) -> list[str]:
-    return ["reference", "compiled"] + ["triton"] * (device == "cuda")
+    return ["reference", "compiled", "triton" if device == "cuda" else "chunked"]
 
 
 def main(config: Config) -> None:
@@ -209,8 +214,9 @@ def main(config: Config) -> None:
         bandwidth = copy_bandwidth()
     results = []
     for task, runs in tasks.items():
+        times = timed(runs, config.repeats, config.device)
         for name, run in runs.items():
-            results.append((task, name, timed(run, config.repeats, config.device)))
+            results.append((task, name, times[name]))
             if name == "miles (triton)":
                 results.append((task, "miles (triton, CUDA graph)", graphed(run, config.repeats)))
         if on_gpu and task.startswith("policy loss"):
@@ -221,36 +227,36 @@ def main(config: Config) -> None:
 
 
 def report(config: Config, results: list[tuple[str, str, list[float]]]) -> None:
+    best = {task: statistics.median(v) for task, name, v in reversed(results) if "miles" in name}
+    for task, name, values in results:
+        median = statistics.median(values)
+        print(f"{task:34} {name:28} {median * 1e3:9.3f} ms  x{median / best[task]:.1f}")
+    write_rows(config, [(*result, {}) for result in results])
+
+
+def write_rows(config: Any, rows: list[tuple[str, str, list[float], dict[str, str]]]) -> None:
+    """Append task, library, seconds and other columns to the CSV."""
     from engine_throughput import current_commit
 
-    on_gpu = config.device == "cuda"
-    hardware = (
-        torch.cuda.get_device_name()
-        if on_gpu
-        else f"{platform.machine()} CPU, {config.num_threads} threads"
-    )
+    cpu = f"{platform.machine()} CPU, {config.num_threads} threads"
     common = {
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if config.device == "cuda" else cpu,
         "torch": torch.__version__,
         "commit": config.commit or current_commit(),
     }
-    best = {task: statistics.median(v) for task, name, v in reversed(results) if "miles" in name}
     new = not config.out.exists()
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with config.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*common, "task", "library", "ms", "p20", "p80"])
+        columns = [*common, "task", "library", "ms", "p20", "p80", *rows[0][3]]
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
-        for task, name, values in results:
-            median = statistics.median(values)
+        for task, name, values, extra in rows:
             p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
-            ms = {"ms": median, "p20": p20, "p80": p80}
-            print(f"{task:34} {name:28} {median * 1e3:9.3f} ms  x{median / best[task]:.1f}")
-            writer.writerow(
-                common | {"task": task, "library": name}
-                | {key: f"{value * 1e3:.4f}" for key, value in ms.items()}
-            )  # fmt: skip
+            seconds = {"ms": statistics.median(values), "p20": p20, "p80": p80}
+            ms = {key: f"{value * 1e3:.4f}" for key, value in seconds.items()}
+            writer.writerow(common | {"task": task, "library": name} | ms | extra)
 
 
 if __name__ == "__main__":

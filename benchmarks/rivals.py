@@ -1,9 +1,9 @@
-"""The loss code of TRL and verl, out of their installed packages, as functions of tensors.
+"""The loss code of TRL, verl and Liger, out of their installed packages, as functions of tensors.
 
-    pip install --no-deps trl==1.16.0 verl==0.9.1
+    pip install --no-deps trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5
 
-Both import much that their loss functions never use (ray, datasets, ...). What of that is not
-installed is replaced by empty stand-ins, for the time of the import.
+TRL and verl import much that their loss functions never use (ray, datasets, ...). What of that is
+not installed is replaced by empty stand-ins, for the time of the import.
 """
 
 from __future__ import annotations
@@ -163,4 +163,36 @@ class Trl:
         if ref is not None:
             inputs["ref_per_token_logps"] = ref
         value: Tensor = self.trainer._compute_loss(this, None, inputs)
+        return value
+
+
+class Liger:
+    """Liger's GRPO losses, which begin at hidden states or at logits, averaged over tokens."""
+
+    def __init__(self) -> None:
+        self.linear = _load("liger_kernel.chunked_loss.grpo_loss").LigerFusedLinearGRPOLoss
+        self.name = f"liger-kernel {version('liger-kernel')}"
+
+    def loss_of_hidden(
+        self, hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor, advantages: Tensor, *,
+        old: Tensor, ref: Tensor, kl_coef: float, num_tokens: int,
+    ) -> Tensor:  # fmt: skip
+        """`hidden` is `[B, L, D]`, advantages `[B]`; one sequence a chunk, as it is by default."""
+        loss = self.linear(beta=kl_coef, loss_type="dapo", compiled=True, temperature=1.0)
+        value: Tensor = loss(
+            hidden, weight, ids, mask, advantages, ref_per_token_logps=ref,
+            old_per_token_logps=old, num_items_in_batch=num_tokens,
+        )[0]  # fmt: skip
+        return value
+
+    def loss_of_logits(
+        self, logits: Tensor, ids: Tensor, mask: Tensor, advantages: Tensor, *, old: Tensor,
+        ref: Tensor, kl_coef: float, num_tokens: int,
+    ) -> Tensor:  # fmt: skip
+        """`logits` is `[B, L + 1, V]`, kept as they are; CUDA only (Triton)."""
+        value: Tensor = _load("liger_kernel.transformers.grpo_loss").triton_grpo_loss(
+            logits, old, ref, ids, advantages, mask, temperature=1.0, beta=kl_coef, eps_low=0.2,
+            eps_high=0.2, inplace=False, loss_type="dapo", reduce=True,
+            num_items_in_batch=num_tokens,
+        )[0]  # fmt: skip
         return value

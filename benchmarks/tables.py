@@ -1,4 +1,4 @@
-"""Write the benchmark tables of README and docs anew from the CSVs.
+"""Write the tables of README and docs anew, from the CSVs and from the registry of routers.
 
     python benchmarks/tables.py
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+
+from router_table import refused_routers, router_families
 
 HERE = Path(__file__).parent
 
@@ -54,8 +56,92 @@ def losses() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"engine_throughput": engine_throughput, "losses": losses}
-FILES = [HERE.parent / "README.md", HERE.parent / "docs" / "losses.md"]
+def losses_of_heads() -> str:
+    """Milliseconds and peak memory from hidden states or logits to a loss and back."""
+    lines = [
+        "| task | hardware, date | library | ms | times ours | peak MiB | loss, gradient off by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours: dict[tuple[str, str], float] = {}
+    for row in rows("losses_of_heads"):
+        key = (row["task"], f"{row['hardware']}, {row['date']}")
+        ms = float(row["ms"])
+        if row["library"].startswith("miles"):
+            ours[key] = ms
+        cells = [*key, row["library"], f"{ms:,.0f}", f"{ms / ours[key]:.3g}", row["peak_mib"]]
+        cells.append(f"{row['loss_gap']}, {row['gradient_gap']}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def routing_bytes() -> str:
+    """Bytes a token of SGLang's payload, of a tape, and of the entropy bound."""
+    lines = [
+        "| model | layers / experts / top-k | SGLang, base64 | SGLang, int32 | `RoutingTape`"
+        " | bound |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows("routing_bytes"):
+        shape = f"{row['moe_layers']} / {row['num_experts']} / {row['topk']}"
+        cells = [row["model"], shape]
+        cells += [f"{int(row[k]):,}" for k in ("sglang_base64", "sglang_int32", "tape", "bound")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def routing() -> str:
+    """Milliseconds with recording or replay, and percent of those without."""
+    lines = [
+        "| hardware, date | part | variant | ms (p20 to p80) | percent more (p20 to p80)"
+        " | peak GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows("routing"):
+        part = row["part"]
+        if part == "train":
+            pieces = (
+                "" if row["micro_batches"] == "1" else f"{row['micro_batches']} micro-batches, "
+            )
+            part += f", {pieces}{'' if row['checkpointing'] == 'True' else 'not '}checkpointed"
+        ms, p20, p80 = (float(row[key]) for key in ("ms", "p20", "p80"))
+        more = [float(row[f"percent{end}"]) for end in ("", "_p20", "_p80")]
+        alone = row["part"] == "copy" or row["variant"] == "without"
+        cells = [f"{row['hardware']}, {row['date']}", part, row["variant"]]
+        cells.append(f"{ms:.2f} ({p20:.2f} to {p80:.2f})")
+        cells.append("" if alone else f"{more[0]:+.2f} ({more[1]:+.2f} to {more[2]:+.2f})")
+        cells.append(f"{float(row['peak_gib']):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def routing_sglang() -> str:
+    """The log-prob gap to SGLang with and without replay, and how often the routers agree."""
+    lines = [
+        "| hardware, date, engine | routing | tokens | mean gap | p99 | max | same experts"
+        " | first layer, last layer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"without": "the trainer's own", "replay": "replayed"}
+    for row in rows("routing_sglang"):
+        layers = [f"{float(share):.2%}" for share in row["agreement_by_layer"].split()]
+        cells = [f"{row['hardware']}, {row['date']}, {row['engine']}", names[row["variant"]]]
+        cells += [row["tokens"], *(f"{float(row[key]):.2g}" for key in ("mean", "p99", "max"))]
+        cells += [f"{float(row['agreement']):.2%}", f"{layers[0]}, {layers[-1]}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "engine_throughput": engine_throughput,
+    "losses": losses,
+    "losses_of_heads": losses_of_heads,
+    "refused_routers": refused_routers,
+    "router_families": router_families,
+    "routing": routing,
+    "routing_bytes": routing_bytes,
+    "routing_sglang": routing_sglang,
+}
+FILES = [HERE.parent / path for path in ("README.md", "docs/losses.md", "docs/moe.md")]
 
 
 def fill(text: str) -> str:

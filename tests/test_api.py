@@ -58,6 +58,7 @@ ALL = {
         "importance_weights",
         "interpolate_proximal",
         "ipo",
+        "keep_untruncated",
         "kl_cov",
         "kl_penalty",
         "length_adaptive_lambda",
@@ -111,16 +112,23 @@ ALL = {
     "miles.moe": [
         "REFUSED",
         "ROUTER_FAMILIES",
+        "MegatronReplay",
         "RouterFamily",
+        "RoutingPlan",
         "RoutingReplay",
         "RoutingSpan",
         "RoutingTape",
+        "batch_first",
         "discover",
+        "equal_sets",
         "for_context_parallel",
         "for_pipeline",
         "for_sequence_parallel",
         "routing_agreement",
         "self_test",
+        "sequence_first",
+        "share_prefix",
+        "storage_bytes",
     ],
     "miles.rollout": [
         "EngineProcess",
@@ -226,6 +234,7 @@ PARAMETERS = {
         "behave_logprobs_T current_logprobs_T packed * versions_T proximal_version current_version"
     ),
     "miles.losses.ipo": "chosen_logprobs_P rejected_logprobs_P ref_chosen_P ref_rejected_P * beta",
+    "miles.losses.keep_untruncated": "truncated_S packed",
     "miles.losses.kl_cov": (
         "logprobs_T log_ratio_T advantages_T packed * statistics token_ids_T kl_coef"
     ),
@@ -337,12 +346,19 @@ PARAMETERS = {
         "nll_coef ratio_min ratio_max correction count_rejected averaged_over"
     ),
     "miles.moe.RoutingTape": "expert_ids * num_experts spans",
-    "miles.moe.RoutingTape.cat": "tapes",
+    "miles.moe.RoutingTape.cat": "tapes * copy",
     "miles.moe.RoutingReplay": "model * discover",
     "miles.moe.RoutingReplay.record": "self",
-    "miles.moe.RoutingReplay.replay": "self tape invalid * required_N",
+    "miles.moe.MegatronReplay": "model * discover",
+    "miles.moe.batch_first": "tape batch_size",
+    "miles.moe.sequence_first": "tape batch_size",
+    "miles.moe.RoutingReplay.prefetch": "self tape",
+    "miles.moe.RoutingReplay.replay": "self tape invalid * required_N record_natural",
     "miles.moe.RouterFamily": "* router num_experts topk group_limited score_ndim",
+    "miles.moe.equal_sets": "a b",
     "miles.moe.routing_agreement": "a b",
+    "miles.moe.share_prefix": "tapes num_rows",
+    "miles.moe.storage_bytes": "tapes",
     "miles.moe.RoutingTape.from_sglang": (
         "data * num_layers topk moe_layers num_tokens num_experts"
     ),

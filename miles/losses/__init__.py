@@ -14,6 +14,7 @@ from miles.losses.advantages import (
 )
 from miles.losses.aggregation import (
     aggregate,
+    keep_untruncated,
     token_weights,
 )
 from miles.losses.corrections import (
@@ -138,6 +139,7 @@ __all__ = [
     "importance_weights",
     "interpolate_proximal",
     "ipo",
+    "keep_untruncated",
     "kl_cov",
     "kl_penalty",
     "length_adaptive_lambda",

@@ -198,8 +198,8 @@ def mean_over(values_T: Tensor, mask_T: Tensor) -> Mean:
     >>> float(mean_over(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False])))
     2.0
     """
-    values_T = values_T.detach().to(torch.float64)
-    return Mean(torch.where(mask_T, values_T, 0).sum(), mask_T.sum().to(torch.float64))
+    total = torch.where(mask_T, values_T.detach(), 0).sum(dtype=torch.float64)
+    return Mean(total, mask_T.count_nonzero().to(torch.float64))
 
 
 def exp_mean_over(values_T: Tensor, mask_T: Tensor) -> ExpMean:

@@ -1,7 +1,8 @@
 """`policy_loss` as one Triton kernel: every input read once, loss, gradient and readings at once.
 
-Each program goes over its blocks of tokens and leaves its sums in a row of `partials`; a second,
-tiny kernel adds the rows, in float64 and in their order, so that the result is the same every time.
+Each program goes over its blocks of tokens and leaves its sums in a row of `partials`. The one that
+is done last, by a count in global memory, adds the rows, in float64 and in their order, so that the
+result is the same every time, and no second kernel has to start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["one_pass"]
+__all__ = ["one_pass", "scaled_"]
 
 BLOCK = 512
 WARPS = 8
@@ -22,10 +23,13 @@ PROGRAMS = 512
 NUM_SUMS = 8  # loss, tokens, ratio, low, high, KL, largest ratio, whether a ratio is NaN
 
 
+COUNT = tl.constexpr(NUM_SUMS)  # behind the totals: programs that are done
+
+
 @triton.jit
 def _kernel(
     logprobs, old, advantages, mask, seq_ids, divisor, per_sequence, weights, keep, ref,
-    gradient, partials,
+    gradient, partials, totals, loss_out,
     num_tokens, factor, kl_coef, ratio_min, ratio_max, dual_clip,
     PER_SEQUENCE: tl.constexpr, WEIGHTS: tl.constexpr, KEEP: tl.constexpr, REF: tl.constexpr,
     KL_REJECTED: tl.constexpr, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -98,14 +102,19 @@ def _kernel(
         largest = tl.maximum(largest, tl.where(trained & (ratio == ratio), ratio, -float("inf")))
     counts = tl.sum(counters)
     row = partials + program * NUM_SUMS
-    tl.store(row, tl.sum(loss_sum).to(tl.float64))
-    tl.store(row + 1, (counts & 0x1FFFFF).to(tl.float64))
-    tl.store(row + 2, tl.sum(ratio_sum).to(tl.float64))
-    tl.store(row + 3, ((counts >> 21) & 0x1FFFFF).to(tl.float64))
-    tl.store(row + 4, (counts >> 42).to(tl.float64))
-    tl.store(row + 5, tl.sum(kl_sum).to(tl.float64))
-    tl.store(row + 6, tl.max(largest).to(tl.float64))
-    tl.store(row + 7, tl.max(any_broken).to(tl.float64))
+    tl.store(row, tl.sum(loss_sum))
+    tl.store(row + 1, (counts & 0x1FFFFF).to(tl.float32))
+    tl.store(row + 2, tl.sum(ratio_sum))
+    tl.store(row + 3, ((counts >> 21) & 0x1FFFFF).to(tl.float32))
+    tl.store(row + 4, (counts >> 42).to(tl.float32))
+    tl.store(row + 5, tl.sum(kl_sum))
+    tl.store(row + 6, tl.max(largest))
+    tl.store(row + 7, tl.max(any_broken).to(tl.float32))
+    # The row has to be there before it is counted; whole numbers are exact in a float64.
+    tl.debug_barrier()
+    done_before = tl.atomic_add(totals + COUNT, 1.0, sem="acq_rel", scope="gpu")
+    if done_before == tl.num_programs(0) - 1:
+        _finish(partials, totals, loss_out, tl.num_programs(0), PROGRAMS, NUM_SUMS)
 
 
 @triton.jit
@@ -113,12 +122,14 @@ def _finish(
     partials, totals, loss_out, num_rows, ROWS: tl.constexpr, NUM_SUMS: tl.constexpr
 ):  # fmt: skip
     """Put the rows of `partials` together, always in the same order."""
+    tl.debug_barrier()
     at = tl.arange(0, ROWS)[:, None] * NUM_SUMS + tl.arange(0, NUM_SUMS)[None, :]
     there = tl.arange(0, ROWS)[:, None] < num_rows
     columns = tl.arange(0, NUM_SUMS)
-    values = tl.load(partials + at, mask=there, other=0.0)
-    sums = tl.sum(values, 0)
-    tops = tl.max(tl.where(there, values, -float("inf")), 0)
+    # Past the first-level cache, which does not see what other programs wrote.
+    values = tl.load(partials + at, mask=there, other=0.0, cache_modifier=".cg")
+    sums = tl.sum(values.to(tl.float64), 0)
+    tops = tl.max(tl.where(there, values, -float("inf")), 0).to(tl.float64)
     broken = tl.sum(tl.where(columns == 7, sums, 0.0)) > 0
     sums = tl.where(columns == 6, tl.where(broken, float("nan"), tops), sums)
     tl.store(totals + columns, sums)
@@ -143,14 +154,14 @@ def one_pass(
     kl_rejected: bool,
     ratio_min: float,
     ratio_max: float,
-    dual_clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `miles.losses.policy._closed_form`."""
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `miles.losses._policy_closed.closed_form`."""
     num_tokens, device = logprobs_T.shape[0], logprobs_T.device
     programs = min(PROGRAMS, max(1, triton.cdiv(num_tokens, BLOCK)))
     gradient_T = torch.empty_like(logprobs_T)
-    partials = torch.empty((programs, NUM_SUMS), dtype=torch.float64, device=device)
-    totals = torch.empty(NUM_SUMS, dtype=torch.float64, device=device)
+    partials = torch.empty((programs, NUM_SUMS), dtype=torch.float32, device=device)
+    totals = torch.zeros(NUM_SUMS + 1, dtype=torch.float64, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
 
     def floats(tensor: Tensor | None) -> Any:
@@ -162,34 +173,38 @@ def one_pass(
         _kernel[(programs,)](
             logprobs_T.contiguous(), floats(old_T), floats(advantages_T), mask_bytes,
             seq_ids_T.contiguous(), divisor, divisor if per_sequence_S is None else per_sequence_S,
-            floats(weights_T), keep_bytes, floats(ref_T), gradient_T, partials,
-            num_tokens, factor, kl_coef, ratio_min, ratio_max, dual_clip,
+            floats(weights_T), keep_bytes, floats(ref_T), gradient_T, partials, totals, loss,
+            num_tokens, factor, kl_coef, ratio_min, ratio_max,
+            float("inf") if dual_clip is None else dual_clip,
             PER_SEQUENCE=per_sequence_S is not None, WEIGHTS=weights_T is not None,
             KEEP=keep_T is not None, REF=ref_T is not None, KL_REJECTED=kl_rejected,
             BLOCK=BLOCK, PROGRAMS=PROGRAMS, NUM_SUMS=NUM_SUMS, num_warps=WARPS,
         )  # fmt: skip
-        _finish[(1,)](partials, totals, loss, programs, ROWS=PROGRAMS, NUM_SUMS=NUM_SUMS)
-    return loss, gradient_T, totals, totals[6]
+    return loss, gradient_T, totals
 
 
 @triton.jit
-def _times(values, factor, out, num_tokens, BLOCK: tl.constexpr):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    loaded = tl.load(values + at, mask=at < num_tokens)
-    tl.store(out + at, loaded * tl.load(factor), mask=at < num_tokens)
+def _scale(values, factor, num_tokens, BLOCK: tl.constexpr, PROGRAMS: tl.constexpr):  # fmt: skip
+    by = tl.load(factor)
+    if by != 1.0:
+        for start in range(tl.program_id(0) * BLOCK, num_tokens, PROGRAMS * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            loaded = tl.load(values + at, mask=at < num_tokens)
+            tl.store(values + at, loaded * by, mask=at < num_tokens)
 
 
-def times(values_T: Tensor, factor: Tensor) -> Tensor:
-    """`values_T * factor` for a 0-d factor, which torch does not do in wide loads."""
-    out = torch.empty_like(values_T)
-    num_tokens = values_T.shape[0]
-    with on_device(values_T):
-        _times[(max(1, triton.cdiv(num_tokens, 2048)),)](
-            values_T, factor, out, num_tokens, BLOCK=2048, num_warps=4
+def scaled_(gradient_T: Tensor, factor: Tensor) -> Tensor:
+    """`gradient_T *= factor`, which is 1 nearly always, and then the tokens are not touched."""
+    num_tokens = gradient_T.shape[0]
+    with on_device(gradient_T):
+        _scale[(min(PROGRAMS, max(1, triton.cdiv(num_tokens, 2048))),)](
+            gradient_T, factor, num_tokens, BLOCK=2048, PROGRAMS=PROGRAMS, num_warps=8
         )
-    return out
+    return gradient_T
 
 
 def on_device(tensor: Tensor) -> Any:
     """Launch where the tensor is, not on the current device (the interpreter has none)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -5,6 +5,7 @@ Shapes: S sequences, G groups, R rewards of one sequence, T tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from miles.errors import DtypeError, EmptyBatchError, NonFiniteError, SettingError, ShapeError
+from miles.losses._groups import Groups
 from miles.losses._selection import ranks_of_step, sum_over
 from miles.losses.returns import check_spread, moments
 from miles.packed import Packed
@@ -84,50 +86,75 @@ def group_advantages(
     """
     _check_choices(baseline, scale, singleton)
     check_spread(ddof, eps)
-    _check_rewards(rewards_S, group_ids_S, group)
+    low, high, finite = _check_rewards(rewards_S, group_ids_S, group)
     _check_lengths(lengths_S, rewards_S, baseline)
-    scored_S = ~rewards_S.isnan()
-    reward_S = torch.where(scored_S, rewards_S, 0).to(torch.float64)
-    groups = _Groups(group_ids_S)
-    n_G = groups.sum(scored_S.to(torch.float64))
-    mean_G = groups.sum(reward_S) / n_G.clamp(min=1)
-    centred_S = torch.where(scored_S, reward_S - groups.spread(mean_G), 0)
+    settings = (baseline, scale, ddof, eps, singleton, group)
+    if finite:
+        groups = Groups(group_ids_S, low, high)
+        return _advantages(rewards_S, groups, lengths_S, *settings).to(rewards_S.dtype)
+    scored_N = (~rewards_S.isnan()).nonzero()[:, 0]
+    lengths_N = None if lengths_S is None else lengths_S[scored_N]
+    groups = Groups(group_ids_S[scored_N], low, high)
+    advantages_N = _advantages(rewards_S[scored_N], groups, lengths_N, *settings)
+    return torch.zeros_like(rewards_S).index_copy_(0, scored_N, advantages_N.to(rewards_S.dtype))
+
+
+def _advantages(
+    rewards_S: Tensor,
+    groups: Groups,
+    lengths_S: Tensor | None,
+    baseline: Baseline,
+    scale: Scale,
+    ddof: int,
+    eps: float,
+    singleton: Singleton,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """`group_advantages` of finite rewards, float64."""
+    reward_S = rewards_S.to(torch.float64)
+    n_G = groups.sum(torch.ones_like(reward_S))
+    # Below the best reward of their group, equal rewards are 0 exactly, and so is their mean.
+    below_S = reward_S - groups.spread(groups.max(reward_S))
+    below_G = groups.sum(below_S)
+    centred_S = below_S - groups.spread(below_G / n_G.clamp(min=1))
 
     if baseline == "mean":
         advantages_S = centred_S
     elif baseline == "leave_one_out":
         advantages_S = centred_S * groups.spread(n_G / (n_G - 1).clamp(min=1))
     elif baseline == "length_weighted" and lengths_S is not None:
-        weights_S = torch.where(scored_S, lengths_S, 0).to(torch.float64)
+        weights_S = lengths_S.to(torch.float64)
         total_G = groups.sum(weights_S)
         shift_G = groups.sum(weights_S * centred_S) / torch.where(total_G > 0, total_G, 1)
         advantages_S = centred_S - groups.spread(shift_G)
     elif baseline == "max_two":
-        advantages_S = _lead_of_the_best(reward_S, scored_S, groups)
+        advantages_S = _lead_of_the_best(below_S, groups)
     else:
         advantages_S = reward_S
 
-    if scale == "group_std":
-        std_G = (groups.sum(centred_S.square()) / (n_G - ddof).clamp(min=1)).sqrt()
-        advantages_S = advantages_S / groups.spread(std_G + eps)
-    elif scale == "group_mean":
-        inverse_G = torch.where(mean_G > 0, 1 / (mean_G + eps), 0)
-        advantages_S = advantages_S * groups.spread(inverse_G)
+    of_group = scale in ("group_std", "group_mean")
+    if of_group:
+        if scale == "group_std":
+            std_G = (groups.sum(centred_S.square()) / (n_G - ddof).clamp(min=1)).sqrt()
+            inverse_G = 1 / (std_G + eps)
+        else:
+            mean_G = groups.sum(reward_S) / n_G.clamp(min=1)
+            inverse_G = torch.where(mean_G > 0, 1 / (mean_G + eps), 0)
+        # Nothing is above 0 here, so the sum is 0 where all are.
+        advantages_S = advantages_S * groups.spread(torch.where(below_G == 0, 0, inverse_G))
     elif scale == "batch_std":
+        scored_S = torch.ones_like(reward_S, dtype=torch.bool)
         _, _, variance = moments(reward_S, scored_S, group=group, ddof=ddof)
         # Equal rewards have no spread to divide by, and 0 / eps is all that is left of them.
         advantages_S = torch.where(variance > 0, advantages_S / (variance.sqrt() + eps), 0)
 
-    kept_S = scored_S
-    if baseline != "none" or scale in ("group_std", "group_mean"):
-        alone_S = scored_S & groups.spread(n_G == 1)
+    if singleton != "zero" and (baseline != "none" or of_group):
+        alone_S = groups.spread(n_G == 1)
         if singleton == "error":
-            _refuse_singletons(group_ids_S[alone_S])
-        kept_S = scored_S & ~groups.spread(groups.equal(rewards_S, scored_S))
-        if singleton == "raw":
+            _refuse_singletons(groups.ids_S[alone_S])
+        else:
             advantages_S = torch.where(alone_S, reward_S, advantages_S)
-            kept_S |= alone_S
-    return torch.where(kept_S, advantages_S, 0).to(rewards_S.dtype)
+    return advantages_S
 
 
 @torch.no_grad()
@@ -161,12 +188,12 @@ def passk_advantages(
         >>> passk_advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([7, 7, 7]), k=2).tolist()
         [0.7071067690849304, -0.3535533845424652, -0.3535533845424652]
     """
-    _check_rewards(rewards_S, group_ids_S, None)
+    low, high, _ = _check_rewards(rewards_S, group_ids_S, None)
     if not isinstance(k, int) or k < 1:
         raise SettingError(f"k is {k!r}; expected 1 or more, a whole number")
     scored_S = ~rewards_S.isnan()
     right_S = scored_S & (rewards_S > threshold)
-    groups = _Groups(group_ids_S)
+    groups = Groups(group_ids_S, low, high)
     n_G = groups.sum(scored_S.to(torch.float64))
     wrong_G = n_G - groups.sum(right_S.to(torch.float64))
     short_S = scored_S & groups.spread(n_G < k)
@@ -361,43 +388,16 @@ def soft_overlong_penalty(
     return penalties_S.to(lengths_S.dtype if lengths_S.is_floating_point() else torch.float32)
 
 
-class _Groups:
-    """Samples by group. Ids that are nearly as dense as `0..G-1` need no sort."""
+def _lead_of_the_best(below_S: Tensor, groups: Groups) -> Tensor:
+    """The best reward of a group less the second best, at the best sample; 0 at the others.
 
-    def __init__(self, group_ids_S: Tensor) -> None:
-        self.index_S, self.num_groups = group_ids_S, 0
-        if not group_ids_S.numel():
-            return
-        low, high = torch.stack(torch.aminmax(group_ids_S)).tolist()
-        if low >= 0 and high < 2 * group_ids_S.shape[0]:
-            self.num_groups = high + 1
-        else:
-            ids_G, self.index_S = torch.unique(group_ids_S, return_inverse=True)
-            self.num_groups = ids_G.shape[0]
-
-    def sum(self, values_S: Tensor) -> Tensor:
-        return values_S.new_zeros(self.num_groups).index_add(0, self.index_S, values_S)
-
-    def max(self, values_S: Tensor) -> Tensor:
-        lowest_G = values_S.new_full((self.num_groups,), -torch.inf)
-        return lowest_G.scatter_reduce(0, self.index_S, values_S, "amax")
-
-    def equal(self, rewards_S: Tensor, scored_S: Tensor) -> Tensor:
-        """bool `[G]`: the largest and the smallest scored rewards are the same."""
-        high_G = self.max(torch.where(scored_S, rewards_S, -torch.inf))
-        return high_G == -self.max(torch.where(scored_S, -rewards_S, -torch.inf))
-
-    def spread(self, values_G: Tensor) -> Tensor:
-        return values_G.index_select(0, self.index_S)
-
-
-def _lead_of_the_best(reward_S: Tensor, scored_S: Tensor, groups: _Groups) -> Tensor:
-    """The best reward of a group less the second best, at the best sample; 0 at the others."""
-    best_G = groups.max(torch.where(scored_S, reward_S, -torch.inf))
-    is_best_S = scored_S & (reward_S == groups.spread(best_G))
-    second_G = groups.max(torch.where(scored_S & ~is_best_S, reward_S, -torch.inf))
+    `below_S` is 0 at the best. Two best ones lead by 0, and so does one that is alone.
+    """
+    is_best_S = below_S == 0
+    second_G = groups.max(torch.where(is_best_S, -torch.inf, below_S))
     alone_G = groups.sum(is_best_S.to(torch.float64)) == 1
-    return torch.where(is_best_S & groups.spread(alone_G), reward_S - groups.spread(second_G), 0)
+    lead_G = torch.where(alone_G & second_G.isfinite(), -second_G, 0)
+    return torch.where(is_best_S, groups.spread(lead_G), 0)
 
 
 def _share_of_subsets(part_G: Tensor, whole_G: Tensor, k: int) -> Tensor:
@@ -446,7 +446,10 @@ def _check_lengths(lengths_S: Tensor | None, rewards_S: Tensor, baseline: str) -
         raise SettingError("lengths_S holds negative or infinite lengths or NaN; expected counts")
 
 
-def _check_rewards(rewards_S: Tensor, group_ids_S: Tensor, group: ProcessGroup | None) -> None:
+def _check_rewards(
+    rewards_S: Tensor, group_ids_S: Tensor, group: ProcessGroup | None
+) -> tuple[int, int, bool]:
+    """The smallest and the largest id, and whether every reward is finite (they may be NaN)."""
     if rewards_S.ndim != 1 or rewards_S.shape != group_ids_S.shape:
         raise ShapeError(
             f"rewards_S has shape {tuple(rewards_S.shape)} and group_ids_S "
@@ -457,11 +460,19 @@ def _check_rewards(rewards_S: Tensor, group_ids_S: Tensor, group: ProcessGroup |
             f"rewards_S is {rewards_S.dtype} and group_ids_S {group_ids_S.dtype}; "
             "expected floating point and int64"
         )
-    if rewards_S.numel() == 0 and group is None:
-        raise EmptyBatchError("got no reward; expected at least one sequence")
+    if rewards_S.numel() == 0:
+        if group is None:
+            raise EmptyBatchError("got no reward; expected at least one sequence")
+        return 0, -1, True
+    # All in one wait for a GPU. A float64 holds every id that could pass for dense.
+    ends = [end.to(torch.float64) for end in torch.aminmax(group_ids_S)]
+    low, high, total = torch.stack([*ends, rewards_S.sum(dtype=torch.float64)]).tolist()
+    if math.isfinite(total):
+        return int(low), int(high), True
     infinite_S = rewards_S.isinf()
     if bool(infinite_S.any()):
         raise NonFiniteError(
             f"rewards_S is infinite at {infinite_S.nonzero().flatten().tolist()[:8]}; expected "
             "finite numbers, or NaN for a sample that was not scored"
         )
+    return int(low), int(high), False

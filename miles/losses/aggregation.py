@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from miles.errors import DenominatorError, DtypeError, SettingError
+from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
 from miles.packed import Denominators, Packed, tokens_per_sequence
 
-__all__ = ["aggregate", "token_weights"]
+__all__ = ["aggregate", "keep_untruncated", "token_weights"]
 
 Mode = Literal[
     "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "group_mean", "sum"
@@ -117,6 +117,52 @@ def token_weights(
         packed.check(weights_T=weights_T)
         coefficients_T = coefficients_T * torch.where(active_T, weights_T, 0)
     return coefficients_T
+
+
+def keep_untruncated(truncated_S: Tensor, packed: Packed) -> Tensor:
+    """Leaves sequences that ran out of room out of the loss: DAPO's overlong filtering.
+
+    For `keep_T` of `count` and `aggregate`; `&` joins it with the `keep_T` of a correction. With
+    `count_rejected=False` and denominators counted with the same `keep_T`, loss and gradient are
+    those of a step without these sequences; with True, the rest keeps the weight that it has among
+    all of them. Their rewards still count in their groups' advantages; NaN takes them out there.
+
+    Args:
+        truncated_S: bool `[S]`, the same on every rank of `packed.seq_group`. Of samples as
+            `collate` got them: `torch.tensor([s.status == Status.TRUNCATED for s in samples])`.
+        packed: where the tokens live.
+
+    Returns:
+        bool `[T]`: trainable and of a sequence that ended by itself. No rank needs another's.
+
+    Raises:
+        ShapeError, DtypeError: not one bool for each sequence.
+
+    References:
+        DAPO: arXiv 2503.14476, overlong filtering.
+
+    Example:
+        >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, False]]))
+        >>> keep = keep_untruncated(torch.tensor([False, True]), packed)
+        >>> keep.tolist()
+        [True, True, False, False]
+        >>> loss, kept = torch.tensor([1.0, 3.0, 5.0, 0.0]), count(packed, keep_T=keep)
+        >>> aggregate(loss, packed, kept, keep_T=keep, count_rejected=False).item()
+        2.0
+        >>> round(aggregate(loss, packed, count(packed), keep_T=keep).item(), 4)  # of 3 tokens
+        1.3333
+    """
+    if truncated_S.shape != (packed.num_seqs,):
+        raise ShapeError(
+            f"truncated_S has shape {tuple(truncated_S.shape)}; expected [{packed.num_seqs}], "
+            "one bool for each sequence"
+        )
+    if truncated_S.dtype != torch.bool:
+        raise DtypeError(
+            f"truncated_S is {truncated_S.dtype}; expected torch.bool, True where a sequence was "
+            "cut off; compare statuses or lengths"
+        )
+    return packed.mask_T & ~packed.per_token(truncated_S)
 
 
 @torch.no_grad()

@@ -71,6 +71,11 @@ def token_ids(packed: Packed, sequence_ids_S: Tensor) -> Tensor:
     Returns:
         int64 `[T]`: `sequence id * 2^32 + position`.
 
+    Raises:
+        ShapeError, DtypeError: not one int64 for each sequence.
+        SettingError: no `positions_T`, or ids out of range (looked for on CPU tensors only, to
+            spare the GPU a stall).
+
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True, True]]))
         >>> (token_ids(packed, torch.tensor([3])) - 3 * 2**32).tolist()
@@ -88,6 +93,13 @@ def token_ids(packed: Packed, sequence_ids_S: Tensor) -> Tensor:
             f"sequence_ids_S has shape {tuple(sequence_ids_S.shape)}; expected "
             f"[{packed.num_seqs}], one id for each sequence"
         )
+    if sequence_ids_S.device.type == "cpu" and sequence_ids_S.numel():
+        low, high = int(sequence_ids_S.min()), int(sequence_ids_S.max())
+        if low < 0 or high >= 2**31:
+            raise SettingError(
+                f"sequence_ids_S holds values from {low} to {high}; expected 0..2^31 - 1; number "
+                "the samples of the step"
+            )
     return packed.per_token(sequence_ids_S) * 2**32 + packed.positions_T
 
 

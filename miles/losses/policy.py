@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from miles.errors import MissingExtraError, SettingError
 from miles.losses._dtypes import as_logprobs
+from miles.losses._policy_closed import compiled, in_blocks, scaled_
 from miles.losses.aggregation import Mode, aggregate, factors
 from miles.losses.corrections import Correction
 from miles.losses.metrics import Max, Mean, Metrics, max_over, mean_over
@@ -29,7 +30,7 @@ from miles.packed import Denominators, Packed
 
 __all__ = ["policy_loss", "policy_loss_backend"]
 
-Backend = Literal["auto", "reference", "compiled", "triton"]
+Backend = Literal["auto", "reference", "chunked", "compiled", "triton"]
 
 
 def policy_loss(
@@ -65,9 +66,11 @@ def policy_loss(
         count_rejected: see `aggregate`; with False, rejected tokens leave the KL term too.
         ref_logprobs_T: float `[T]`, of the reference policy; with `kl_coef`.
         kl_coef: factor of the k3 penalty.
-        backend: `reference`; `compiled`, torch.compile of the closed form, whose first call takes
-            half a minute; `triton`, one CUDA kernel for float32; or `auto`: triton for float32 on
-            CUDA where triton is installed, else reference.
+        backend: `reference`, the composition; `chunked`, the closed form by blocks that fit a
+            CPU's cache; `compiled`, torch.compile of it, faster yet, but it needs a C++ compiler
+            and its first call takes half a minute, so it has to be asked for; `triton`, one CUDA
+            kernel for float32; or `auto`: triton for float32 on CUDA where triton is installed,
+            chunked on a CPU, else reference. All but the reference can be differentiated once.
 
     Returns:
         The loss, and `ratio/mean`, `ratio/max`, `clip/low`, `clip/high` and, with a reference
@@ -120,19 +123,20 @@ def policy_loss(
         packed, denominators, mode=mode, keep_T=keep_T, count_rejected=count_rejected,
         constant=constant, averaged_over=averaged_over,
     )  # fmt: skip
+    run, scale_ = _pass_of(chosen)
     one_pass = functools.partial(
-        _compiled() if chosen == "compiled" else _policy_triton().one_pass,
-        old_T=old_logprobs_T, advantages_T=advantages_T.detach(),
+        run, old_T=old_logprobs_T, advantages_T=advantages_T.detach(),
         mask_T=packed.mask_T, seq_ids_T=packed.seq_ids_T, factor=factor,
         divisor=divisor, per_sequence_S=per_sequence_S, weights_T=weights_T, keep_T=keep_T,
         ref_T=None if ref_logprobs_T is None else ref_logprobs_T.detach(), kl_coef=kl_coef,
-        kl_rejected=count_rejected, ratio_min=ratio_min, ratio_max=ratio_max,
-        dual_clip=float("inf") if dual_clip is None else dual_clip,
+        kl_rejected=count_rejected, ratio_min=ratio_min, ratio_max=ratio_max, dual_clip=dual_clip,
     )  # fmt: skip
-    times = _policy_triton().times if chosen == "triton" else torch.mul
-    loss, totals, largest = _GradientInForward.apply(logprobs_T, one_pass, times)
-    names = ["ratio/mean", "clip/low", "clip/high"] + ["kl/ref"] * (ref_logprobs_T is not None)
-    means = {name: Mean(totals[2 + i], totals[1]) for i, name in enumerate(names)}
+    loss, totals = _GradientInForward.apply(logprobs_T, one_pass, scale_)
+    _, tokens, ratio, low, high, kl, largest, *_ = totals.unbind()
+    sums = {"ratio/mean": ratio, "clip/low": low, "clip/high": high}
+    if ref_logprobs_T is not None:
+        sums["kl/ref"] = kl
+    means = {name: Mean(total, tokens) for name, total in sums.items()}
     return loss, {**means, "ratio/max": Max(largest)}
 
 
@@ -140,30 +144,36 @@ def policy_loss_backend(logprobs_T: Tensor, *, backend: Backend = "auto") -> tup
     """Which backend `policy_loss` takes for these log-probs, and why.
 
     >>> policy_loss_backend(torch.zeros(3))
-    ('reference', 'the log-probs are float32 on cpu')
+    ('chunked', 'the log-probs are float32 on cpu')
     """
-    if backend not in ("auto", "reference", "compiled", "triton"):
-        raise SettingError(f"backend is {backend!r}; expected auto, reference, compiled or triton")
-    dtype = str(logprobs_T.dtype).removeprefix("torch.")
-    why = f"the log-probs are {dtype} on {logprobs_T.device.type}"
-    fits = logprobs_T.is_cuda and logprobs_T.dtype == torch.float32
+    backends = get_args(Backend)
+    if backend not in backends:
+        raise SettingError(f"backend is {backend!r}; expected one of {', '.join(backends)}")
+    if backend not in ("auto", "triton"):
+        return backend, "asked for by name"
+    device = logprobs_T.device.type
+    why = f"the log-probs are {str(logprobs_T.dtype).removeprefix('torch.')} on {device}"
+    fits = device == "cuda" and logprobs_T.dtype == torch.float32
     installed = importlib.util.find_spec("triton") is not None
-    if backend == "auto":
-        if fits and not installed:
-            why += ", and triton is not installed"
-        return ("triton" if fits and installed else "reference"), why
-    if backend == "triton" and not fits:
-        raise SettingError(f'{why}; expected float32 on cuda for backend="triton"')
-    if backend == "triton" and not installed:
-        raise MissingExtraError("triton", "kernels")
-    return backend, "asked for by name"
+    if backend == "triton":
+        if not fits:
+            raise SettingError(f'{why}; expected float32 on cuda for backend="triton"')
+        if not installed:
+            raise MissingExtraError("triton", "kernels")
+        return backend, "asked for by name"
+    if fits and installed:
+        return "triton", why
+    if fits:
+        why += ", and triton is not installed"
+    return ("chunked" if device == "cpu" else "reference"), why
 
 
-def ratio_metrics(ratio_T: Tensor, surrogate: Surrogate, mask_T: Tensor) -> Metrics:
+def ratio_metrics(log_ratio_T: Tensor, surrogate: Surrogate, mask_T: Tensor) -> Metrics:
     """The readings that every ratio-based loss has."""
+    ratio_T = log_ratio_T.detach().exp()
     return {
-        "ratio/mean": mean_over(ratio_T.exp(), mask_T),
-        "ratio/max": max_over(ratio_T.exp(), mask_T),
+        "ratio/mean": mean_over(ratio_T, mask_T),
+        "ratio/max": max_over(ratio_T, mask_T),
         "clip/low": mean_over(surrogate.clipped_low_T, mask_T),
         "clip/high": mean_over(surrogate.clipped_high_T, mask_T),
     }
@@ -176,89 +186,36 @@ class _GradientInForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         logprobs_T: Tensor,
-        one_pass: Callable[[Tensor], Any],
-        times: Callable[[Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, gradient_T, totals, largest = one_pass(logprobs_T.detach())
-        ctx.save_for_backward(gradient_T)
-        ctx.times = times
+        one_pass: functools.partial[tuple[Tensor, Tensor, Tensor]],
+        scaled_: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        loss, ctx.gradient_T, totals = one_pass(logprobs_T.detach())
+        inputs = [x for x in one_pass.keywords.values() if isinstance(x, Tensor)]
+        ctx.save_for_backward(logprobs_T, *inputs)
+        ctx.one_pass, ctx.scaled_ = one_pass, scaled_
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(totals, largest)
-        return loss, totals, largest
+        ctx.mark_non_differentiable(totals)
+        return loss, totals
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        (gradient_T,) = ctx.saved_tensors
         if grads[0] is None:
             return None, None, None
-        return ctx.times(gradient_T, grads[0]), None, None
+        if torch.is_grad_enabled():  # create_graph=True, which would find nothing to go on with
+            raise SettingError(
+                "this policy_loss has no second derivative; expected create_graph=False, or "
+                'policy_loss(..., backend="reference")'
+            )
+        gradient_T, ctx.gradient_T = ctx.gradient_T, None
+        if gradient_T is None:  # an earlier backward pass gave it away
+            gradient_T = ctx.one_pass(ctx.saved_tensors[0].detach())[1]
+        return ctx.scaled_(gradient_T, grads[0]), None, None
 
 
-def _policy_triton() -> Any:
-    from miles.losses import _policy_triton
+def _pass_of(backend: str) -> tuple[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]]:
+    """Loss, gradient and readings at once, and how to scale that gradient in place."""
+    if backend == "triton":
+        from miles.losses import _policy_triton
 
-    return _policy_triton
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_closed_form, dynamic=True)
-
-
-def _closed_form(
-    logprobs_T: Tensor,
-    *,
-    old_T: Tensor,
-    advantages_T: Tensor,
-    mask_T: Tensor,
-    seq_ids_T: Tensor,
-    factor: float,
-    divisor: Tensor,
-    per_sequence_S: Tensor | None,
-    weights_T: Tensor | None,
-    keep_T: Tensor | None,
-    ref_T: Tensor | None,
-    kl_coef: float,
-    kl_rejected: bool,
-    ratio_min: float,
-    ratio_max: float,
-    dual_clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient `[T]`, totals (loss, tokens, ratio, clipped low, high, KL), largest ratio."""
-    logprobs_T, old_T, A_T = (torch.where(mask_T, x, 0) for x in (logprobs_T, old_T, advantages_T))
-    ratio_T = (logprobs_T - old_T).exp()
-    low_T, high_T = (A_T < 0) & (ratio_T < ratio_min), (A_T > 0) & (ratio_T > ratio_max)
-    dual_T = (A_T < 0) & (ratio_T > dual_clip)
-    clipped_T = low_T | high_T | dual_T
-    effective_T = torch.where(low_T, ratio_T.clamp(min=ratio_min), ratio_T)
-    effective_T = torch.where(high_T, ratio_T.clamp(max=ratio_max), effective_T)
-    effective_T = torch.where(dual_T, ratio_T.clamp(max=dual_clip), effective_T)
-    loss_T = torch.where(A_T == 0, 0, -effective_T * A_T)
-    loss_T = torch.where(ratio_T.isnan(), ratio_T, loss_T)
-    gradient_T = torch.where(clipped_T, 0, loss_T)
-
-    wide = torch.float64
-    scale = factor / divisor.to(wide)
-    base_T = torch.where(mask_T, scale, 0)
-    if per_sequence_S is not None:
-        base_T = base_T * per_sequence_S[seq_ids_T]
-    kept_T = base_T if keep_T is None else torch.where(keep_T, base_T, 0)
-    coefficient_T = kept_T
-    if weights_T is not None:
-        coefficient_T = torch.where(kept_T == 0, 0, kept_T * weights_T)
-    active_T = mask_T if keep_T is None else mask_T & keep_T
-    loss = torch.where(active_T, loss_T.to(wide) * coefficient_T, 0).sum()
-    gradient_T = torch.where(coefficient_T != 0, gradient_T * coefficient_T.to(gradient_T.dtype), 0)
-    kl = torch.zeros_like(scale)
-    if ref_T is not None:
-        d_T = logprobs_T - torch.where(mask_T, ref_T, 0)
-        kl_weight_T = kl_coef * (base_T if kl_rejected else kept_T)
-        kl_T = torch.expm1(-d_T) + d_T
-        loss = loss + (kl_T.to(wide) * kl_weight_T).sum()
-        gradient_T = gradient_T - torch.expm1(-d_T) * kl_weight_T.to(gradient_T.dtype)
-        kl = kl_T.to(wide).sum()
-    counts = [mask_T.to(wide), torch.where(mask_T, ratio_T, 0).to(wide), low_T, high_T]
-    totals = torch.stack([loss, *(x.to(wide).sum() for x in counts), kl])
-    largest = torch.where(mask_T, ratio_T, -torch.inf).max().to(wide)
-    out = torch.float64 if loss_T.dtype == torch.float64 else torch.float32
-    return loss.to(out), gradient_T.to(logprobs_T.dtype), totals, largest
+        return _policy_triton.one_pass, _policy_triton.scaled_
+    return compiled() if backend == "compiled" else in_blocks, scaled_

@@ -72,7 +72,7 @@ def dpo(
 
     References:
         DPO: arXiv 2305.18290, equation 7. Label smoothing (conservative DPO):
-        https://ericmitchell.ai/cdpo.pdf.
+        https://ericmitchell.ai/cdpo.pdf, equation 3.
 
     Example:
         >>> pair = dpo(*(torch.tensor([x]) for x in (-10.0, -30.0, -12.0, -22.0)), beta=0.1)
@@ -138,7 +138,7 @@ def simpo(
         The margin is `beta (c - r)`, before gamma.
 
     References:
-        SimPO: arXiv 2405.14734, equation 6.
+        SimPO: arXiv 2405.14734.
 
     Example:
         >>> pair = simpo(torch.tensor([-1.0]), torch.tensor([-1.5]))
@@ -166,7 +166,7 @@ def orpo(chosen_mean_P: Tensor, rejected_mean_P: Tensor, *, lam: float = 0.1) ->
         The margin is the log odds ratio.
 
     References:
-        ORPO: arXiv 2403.07691, equations 6 and 7.
+        ORPO: arXiv 2403.07691, equations 4 (odds), 6 and 7.
 
     Example:
         >>> pair = orpo(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())

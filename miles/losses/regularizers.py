@@ -231,6 +231,11 @@ def topk_distillation(
     Returns:
         `[T]`, float64 for float64 logits and float32 for all others; 0 at masked positions.
 
+    Raises:
+        ShapeError, DtypeError: tensors that do not fit together.
+        SettingError: an unknown kind, or ids out of range or repeated within a row (looked for on
+            CPU tensors only, to spare the GPU a stall; there a row that repeats an id is NaN).
+
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True]]))
         >>> student, ids = torch.tensor([[0.0, 0.0, 0.0, 0.0]]), torch.tensor([[2]])
@@ -244,6 +249,7 @@ def topk_distillation(
     if kind not in ("forward_kl", "reverse_kl"):
         raise SettingError(f"kind is {kind!r}; expected forward_kl or reverse_kl")
     ids_TK = _check_ids(teacher_ids_TK, teacher_logprobs_TK, student_logits_TV, packed)
+    repeated_T = _repeats(ids_TK)
     student_TV = _log_softmax(student_logits_TV, packed, 1.0)
     student_TK = student_TV.gather(-1, ids_TK)
     teacher_TK = torch.where(packed.mask_T[:, None], teacher_logprobs_TK.detach(), -1.0)
@@ -261,7 +267,7 @@ def topk_distillation(
         teacher_TK = torch.cat([teacher_TK, rest_T1], -1)
     forward = kind == "forward_kl"
     kl_T = _kl(teacher_TK, student_TK) if forward else _kl(student_TK, teacher_TK)
-    return torch.where(packed.mask_T, kl_T, 0)
+    return torch.where(packed.mask_T, torch.where(repeated_T, torch.nan, kl_T), 0)
 
 
 @torch.no_grad()
@@ -356,3 +362,16 @@ def _check_ids(ids_TK: Tensor, logprobs_TK: Tensor, logits_TV: Tensor, packed: P
             f"expected 0..{V - 1}"
         )
     return ids_TK
+
+
+def _repeats(ids_TK: Tensor) -> Tensor:
+    """bool `[T]`: rows that hold an id twice, whose mass would count twice; refused on the CPU."""
+    repeated_T = (ids_TK.sort(-1).values.diff(dim=-1) == 0).any(-1)
+    if ids_TK.device.type == "cpu" and bool(repeated_T.any()):
+        row = int(repeated_T.nonzero()[0])
+        raise SettingError(
+            f"teacher_ids_TK repeats an id in {int(repeated_T.sum())} rows, the first of them row "
+            f"{row}: {ids_TK[row].tolist()}; expected distinct ids; add up the mass of a repeated "
+            "one, or mask the row"
+        )
+    return repeated_T

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,28 +31,28 @@ def in_backward() -> bool:
 
 
 def bind(router: Router, forced: Forced) -> None:
-    """Have the region that is running, if any, choose the same when it is run again.
+    """Have the regions that are running, if any, choose the same when they are run again.
 
     Raises:
-        UnsupportedModelError: the region is of the reentrant kind, which keeps no such function.
-        RoutingError: the region can't be told.
+        UnsupportedModelError: a region is of the reentrant kind, which keeps no such function.
+        RoutingError: this is a second run, of a first one that was not replayed.
     """
-    if in_backward():
+    if in_backward() and not forced.recomputing:
         raise RoutingError(
             f"{router.name} is run again in a backward pass inside replay(), and its first run was "
             "not replayed, so the tape of this block is not its own; leave replay() before the "
             "backward pass of what was not replayed"
         )
-    region = _region()
-    if region is None:
-        _refuse_hidden_regions(router)
+    if not torch.is_grad_enabled():
+        _refuse_reentrant(router)
         return
-    if not isinstance(region.recompute_fn, _Again):
-        region.recompute_fn = _Again(region.recompute_fn)
-    region.recompute_fn.forced[router] = forced.again()
+    for region in _regions():
+        if not isinstance(region.recompute_fn, Again):
+            region.recompute_fn = Again(region.recompute_fn)
+        region.recompute_fn.forced[router] = forced.again()
 
 
-class _Again:
+class Again:
     """The second run of a region, with the choices of the first."""
 
     def __init__(self, recompute: Any) -> None:
@@ -65,26 +66,40 @@ class _Again:
             return self._recompute(*args)
 
 
-def _region() -> Any:
-    """The innermost non-reentrant region (`_CheckpointFrame`) whose first run this is, or None.
+def _regions() -> list[Any]:
+    """The non-reentrant regions (`_CheckpointFrame`) whose first run this is, the innermost first.
 
-    Its hook on saved tensors is on top and closes over it.
+    Each has hooks on saved tensors that close over it. Others may lie above (`save_on_cpu`), and
+    torch shows the top ones only, so all are taken off and put back.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = hooks[0] if hooks else None
-    code = getattr(pack, "__code__", None)
-    if code is None or code.co_filename != torch.utils.checkpoint.__file__:
+    hooks, regions = [], []
+    try:
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(top)
+            region = _region_of(top[0])
+            if region is not None:
+                regions.append(region)
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return regions
+
+
+def _region_of(pack: Any) -> Any:
+    if not isinstance(pack, types.FunctionType) or pack.__closure__ is None:
         return None
-    if "frame" not in code.co_freevars:
+    if pack.__code__.co_filename != torch.utils.checkpoint.__file__:
         return None
-    return pack.__closure__[code.co_freevars.index("frame")].cell_contents
+    closed_over = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
+    return closed_over["frame"].cell_contents if "frame" in closed_over else None
 
 
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 
 
-def _refuse_hidden_regions(router: Router) -> None:
-    """Look through the calls that led here for checkpointing that nothing can be bound to."""
+def _refuse_reentrant(router: Router) -> None:
+    """Look through the calls that led here for the kind whose first run keeps no graph."""
     call = sys._getframe()
     while call.f_back is not None:
         call = call.f_back
@@ -94,12 +109,6 @@ def _refuse_hidden_regions(router: Router) -> None:
                 "again after the replay with other experts; expected use_reentrant=False, for "
                 "transformers model.gradient_checkpointing_enable("
                 'gradient_checkpointing_kwargs={"use_reentrant": False})'
-            )
-        if call.f_code.co_filename == torch.utils.checkpoint.__file__ and torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                f"{router.name} runs under activation checkpointing that other hooks on saved "
-                "tensors hide (save_on_cpu?), so its second run could not be given these experts; "
-                "expected checkpointing inside such hooks, not around them"
             )
 
 

@@ -100,34 +100,31 @@ class Router:
     @contextlib.contextmanager
     def noting(self, choices: Choices) -> Iterator[None]:
         """Append what reaches the experts to `choices`."""
-        before, self.chosen = self.chosen, choices
-        self._put_up()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "chosen", self.chosen)
+            self.chosen = choices
+            self._put_up()
+            stack.callback(self._take_down)
             yield
-        finally:
-            self.chosen = before
-            self._take_down()
 
     @contextlib.contextmanager
     def forcing(self, forced: Forced) -> Iterator[None]:
         """Choose what `forced` says."""
-        hook = self._drop_holes() if forced.drop else None
-        before, self.forced = self.forced, forced
-        self._put_up()
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "forced", self.forced)
+            self.forced = forced
+            self._put_up()
+            stack.callback(self._take_down)
+            if forced.drop:
+                stack.callback(self._drop_holes().remove)
             yield
-        finally:
-            if hook is not None:
-                hook.remove()
-            self.forced = before
-            self._take_down()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._depth == 0:
             return self._original(*args, **kwargs)
         forced, chosen = self.forced, self.chosen
         if not torch.compiler.is_compiling():
-            if forced is not None and not forced.recomputing:
+            if forced is not None:
                 _checkpoint.bind(self, forced)
             if _checkpoint.in_backward():
                 chosen = None
@@ -203,6 +200,20 @@ class Router:
             self.module.forward = top
 
 
+def _natural(live: Callable[[], Any]) -> Tensor:
+    """What the router would have chosen, seen by nobody else.
+
+    Nothing is saved for a gradient, so a second run may do without this; and a second object that
+    records the same model must not take it for what the experts get.
+    """
+    unseen = contextlib.nullcontext()
+    if not torch.compiler.is_compiling():
+        unseen = torch._C.DisableTorchFunction()
+    with torch.no_grad(), unseen:
+        ids: Tensor = live()[1]
+    return ids
+
+
 class _TopKInterceptor(TorchFunctionMode):
     """Changes the one call that chooses experts, and hands everything else on."""
 
@@ -242,9 +253,7 @@ class _TopKInterceptor(TorchFunctionMode):
         else:
             plan_NK = self._router.plan(forced, scores_NE)
             if forced.holes_N is not None or forced.natural is not None:
-                # Nothing is saved for a gradient, so that a second run may leave `natural` out.
-                with torch.no_grad():
-                    live_NK = live()[1]
+                live_NK = _natural(live)
                 if forced.natural is not None:
                     forced.natural.note(live_NK, self._router.topk)
                 if forced.holes_N is not None:

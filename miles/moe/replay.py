@@ -14,7 +14,7 @@ References:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -37,7 +37,8 @@ class RoutingReplay:
     was.
 
     Args:
-        model: a transformers model whose routers are in `ROUTER_FAMILIES`.
+        model: a transformers model whose routers are in `ROUTER_FAMILIES`; or one of megatron-core,
+            or the list of its chunks, for which this makes a `MegatronReplay`.
         discover: also look for routers of other families, with a forward pass over three tokens,
             and test in a few more that they replay.
 
@@ -45,6 +46,16 @@ class RoutingReplay:
         UnsupportedModelError: no known router in the model, one that can't be replayed (`REFUSED`
             says why), or a discovered one that fails the self-test.
     """
+
+    def __new__(
+        cls, model: nn.Module | Sequence[nn.Module], *, discover: bool = False
+    ) -> RoutingReplay:
+        """One of megatron-core for its models, else one of this class."""
+        from miles.moe import megatron  # which derives from this class
+
+        if cls is RoutingReplay and megatron.is_megatron(model):
+            return super().__new__(megatron.MegatronReplay)
+        return super().__new__(cls)
 
     def __init__(self, model: nn.Module, *, discover: bool = False) -> None:
         self._model = model

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from miles.errors import EmptyBatchError, RoutingError
-from miles.moe import _formats, _ids, _spans
+from miles.moe import _formats, _ids, _parts, _spans
 from miles.moe._ids import MAX_EXPERTS, NOT_RECORDED, check_num_experts, in_range, storage
+from miles.moe._parts import Part
 from miles.moe._spans import RoutingSpan
 
-__all__ = ["RoutingSpan", "RoutingTape", "routing_agreement"]
+__all__ = ["RoutingSpan", "RoutingTape"]
 
 
 class RoutingTape:
     """Expert ids of every token in every mixture-of-experts layer, in few bytes.
 
     One byte an index up to 256 experts, two above. Row t is the routing used to process token t.
-    A tape does not change, so slices (`tape[a:b]`) and layers share its memory, and a tape of a
-    file stays in the file: `nbytes` counts the rows seen through a view, not new memory.
+    A tape does not change, so slices (`tape[a:b]`) and layers share its memory, a tape of a file
+    stays in the file, and `cat(..., copy=False)` is a tape of several parts: `nbytes` counts the
+    rows that are seen, `storage_bytes` the memory that is held.
 
     Args:
         expert_ids: integer `[N, M, K]`, in `0..num_experts-1`, or -1 in a whole row for a token
@@ -65,13 +67,14 @@ class RoutingTape:
         expert_ids = expert_ids.detach().to("cpu")
         self.num_experts, self.num_experts_inferred = num_experts, False
         self.spans = _spans.checked(spans, len(expert_ids))
-        self._holes_N: Tensor | None = None
+        holes_N = None
         if not in_range(expert_ids, num_experts):
-            self._holes_N = _ids.holes(expert_ids, num_experts)
-            expert_ids = expert_ids.masked_fill(self._holes_N[:, None, None], 0)
-        self._ids = expert_ids.to(
+            holes_N = _ids.holes(expert_ids, num_experts)
+            expert_ids = expert_ids.masked_fill(holes_N[:, None, None], 0)
+        stored = expert_ids.to(
             storage(num_experts), copy=True, memory_format=torch.contiguous_format
         )
+        self._parts: tuple[Part, ...] = ((stored, holes_N),)
 
     @classmethod
     def unrecorded(cls, num_tokens: int, *, num_layers: int, topk: int, num_experts: int) -> Self:
@@ -208,7 +211,7 @@ class RoutingTape:
             >>> tape.with_spans([(0, 2, 7)])[1:].spans
             (RoutingSpan(start=0, end=1, weight_version=7),)
         """
-        return self._with(self._ids, self._holes_N, _spans.checked(spans, len(self)))
+        return self._with_parts(self._parts, _spans.checked(spans, len(self)))
 
     def with_num_experts(self, num_experts: int) -> RoutingTape:
         """The same rows, of a model with so many experts; no copy unless the storage changes.
@@ -228,8 +231,11 @@ class RoutingTape:
                 f"the tape holds expert id {int(self._ids.max())}; expected 0..{num_experts - 1}; "
                 "it was recorded from another model"
             )
-        ids = self._ids.to(storage(num_experts))
-        return self._of(ids, self._holes_N, num_experts, self.spans)
+        tape = self._with_parts(
+            [(ids.to(storage(num_experts)), holes_N) for ids, holes_N in self._parts], self.spans
+        )
+        tape.num_experts, tape.num_experts_inferred = num_experts, False
+        return tape
 
     def _widened(self, bound: int) -> RoutingTape:
         """The same rows with a larger bound on a number of experts that nobody told."""
@@ -249,7 +255,7 @@ class RoutingTape:
         """A tape of storage that is known to be right."""
         tape = object.__new__(cls)
         tape.num_experts, tape.num_experts_inferred, tape.spans = num_experts, inferred, spans
-        tape._ids, tape._holes_N = ids, holes_N
+        tape._parts = ((ids, holes_N),)
         return tape
 
     def _with(
@@ -258,14 +264,31 @@ class RoutingTape:
         """Other rows or layers of the same model."""
         return self._of(ids, holes_N, self.num_experts, spans, self.num_experts_inferred)
 
+    def _with_parts(self, parts: Sequence[Part], spans: tuple[RoutingSpan, ...]) -> RoutingTape:
+        """Rows of the same model that stay where they are."""
+        tape = self._with(*parts[0], spans)
+        tape._parts = tuple(parts)
+        return tape
+
     def _fill(self, ids: Tensor) -> None:
         """Take what a router's own topk gave, which needs no checking."""
-        self._ids, self._holes_N = ids.to("cpu", storage(self.num_experts)), None
+        # Narrow on the device: a copy to the host that also converts moves the wider numbers.
+        self._parts = ((ids.to(storage(self.num_experts)).to("cpu"), None),)
+
+    @property
+    def _ids(self) -> Tensor:
+        """`[N, M, K]` as stored: a new tensor at every call if there are several parts."""
+        return _parts.ids_of(self._parts)
+
+    @property
+    def _holes_N(self) -> Tensor | None:
+        """bool `[N]`, rows that are missing; None if none is."""
+        return _parts.holes_of(self._parts)
 
     @property
     def expert_ids(self) -> Tensor:
-        """int16 `[N, M, K]`; -1 where a row was not recorded."""
-        ids = self._ids.to(torch.int16)
+        """int16 `[N, M, K]`, a new tensor; -1 where a row was not recorded."""
+        ids = self._ids.to(torch.int16, copy=True)
         if self._holes_N is None:
             return ids
         return torch.where(self._holes_N[:, None, None], NOT_RECORDED, ids)
@@ -280,21 +303,20 @@ class RoutingTape:
     @property
     def num_layers(self) -> int:
         """Mixture-of-experts layers; dense ones have no place here."""
-        return self._ids.shape[1]
+        return self._parts[0][0].shape[1]
 
     @property
     def topk(self) -> int:
         """Experts a token goes to."""
-        return self._ids.shape[2]
+        return self._parts[0][0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
-        holes = 0 if self._holes_N is None else self._holes_N.nbytes
-        return self._ids.nbytes + holes
+        """Bytes of these rows."""
+        return sum(part.nbytes for parts in self._parts for part in parts if part is not None)
 
     def __len__(self) -> int:
-        return self._ids.shape[0]
+        return sum(len(ids) for ids, _ in self._parts)
 
     def __getitem__(self, tokens: slice) -> RoutingTape:
         if not isinstance(tokens, slice):
@@ -302,12 +324,10 @@ class RoutingTape:
         start, stop, step = tokens.indices(len(self))
         if step < 0:
             raise RoutingError(f"got {tokens!r}; expected a slice that goes forward")
-        if step == 1:
-            spans = _spans.clipped(self.spans, start, stop)
-        else:
-            spans = _spans.taken(self.spans, torch.arange(start, max(start, stop), step))
-        holes_N = None if self._holes_N is None else self._holes_N[tokens]
-        return self._with(self._ids[tokens], holes_N, spans)
+        if step > 1:
+            return self.rows(torch.arange(start, max(start, stop), step))
+        parts = _parts.cut(self._parts, start, stop)
+        return self._with_parts(parts, _spans.clipped(self.spans, start, stop))
 
     def to_bytes(self) -> bytes:
         """The ids in storage order, then one byte a row that says whether it is missing."""
@@ -323,8 +343,9 @@ class RoutingTape:
         topk: int,
         num_experts: int,
         spans: Iterable[Sequence[int]] = (),
+        num_experts_inferred: bool = False,
     ) -> RoutingTape:
-        """The inverse of `to_bytes`; spans travel beside the bytes.
+        """The inverse of `to_bytes`; everything else travels beside the bytes.
 
         Raises:
             RoutingError: a length that no number of tokens explains, or ids out of range.
@@ -349,6 +370,7 @@ class RoutingTape:
             holes_N if bool(holes_N.any()) else None,
             num_experts,
             _spans.checked(spans, tokens),
+            num_experts_inferred,
         )
 
     def rows(self, index: Tensor) -> RoutingTape:
@@ -404,8 +426,17 @@ class RoutingTape:
         )
 
     @classmethod
-    def cat(cls, tapes: Sequence[RoutingTape]) -> RoutingTape:
+    def cat(cls, tapes: Sequence[RoutingTape], *, copy: bool = True) -> RoutingTape:
         """Tapes end to end, in new memory unless there is but one.
+
+        Args:
+            tapes: at least one, of one model.
+            copy: False leaves the rows where they are, so that tapes can have some in common
+                (`share_prefix`); they are then put together whenever they are used.
+
+        Raises:
+            EmptyBatchError: no tape.
+            RoutingError: tapes of different models.
 
         Example:
             >>> from miles.moe import RoutingTape
@@ -418,12 +449,18 @@ class RoutingTape:
         tapes = _alike(tapes)
         if len(tapes) == 1:
             return tapes[0]
-        holes_N = None
-        if any(tape._holes_N is not None for tape in tapes):
-            holes_N = torch.cat([~tape.recorded_N for tape in tapes])
         offsets = [0, *itertools.accumulate(map(len, tapes))]
         spans = _spans.joined(zip((tape.spans for tape in tapes), offsets, strict=False))
-        return tapes[0]._with(torch.cat([tape._ids for tape in tapes]), holes_N, spans)
+        parts = [part for tape in tapes for part in tape._parts if len(part[0])]
+        tape = tapes[0]._with_parts(parts or tapes[0]._parts[:1], spans)
+        return tape.copy() if copy else tape
+
+    def copy(self) -> RoutingTape:
+        """The same rows in memory of their own, which nothing else keeps alive or is kept by."""
+        ids, holes_N = self._ids, self._holes_N
+        if len(self._parts) == 1:
+            ids, holes_N = ids.clone(), None if holes_N is None else holes_N.clone()
+        return self._with(ids, holes_N, self.spans)
 
 
 def _alike(tapes: Sequence[RoutingTape]) -> list[RoutingTape]:
@@ -445,29 +482,3 @@ def _alike(tapes: Sequence[RoutingTape]) -> list[RoutingTape]:
                 f"tape {index} has (layers, topk, experts) {got}; expected {expected}, as tape 0"
             )
     return list(tapes)
-
-
-def routing_agreement(a: RoutingTape, b: RoutingTape) -> float:
-    """Share of (token, layer) pairs that went to the same set of experts, in any order.
-
-    Rows that either tape did not record are left out.
-
-    Raises:
-        RoutingError: tapes of different shape, or without a row that both recorded.
-
-    >>> from miles.moe import RoutingTape, routing_agreement
-    >>> a = RoutingTape(torch.tensor([[[0, 1]], [[2, 3]]]), num_experts=4)
-    >>> b = RoutingTape(torch.tensor([[[1, 0]], [[2, 1]]]), num_experts=4)
-    >>> routing_agreement(a, b)
-    0.5
-    """
-    if a.expert_ids.shape != b.expert_ids.shape:
-        raise RoutingError(
-            f"tapes have shapes {tuple(a.expert_ids.shape)} and {tuple(b.expert_ids.shape)}; "
-            "expected the same tokens, layers and topk"
-        )
-    both_N = a.recorded_N & b.recorded_N
-    if not bool(both_N.any()):
-        raise RoutingError("no row is recorded in both tapes; expected at least one to compare")
-    same = a.expert_ids[both_N].sort(-1).values == b.expert_ids[both_N].sort(-1).values
-    return float(same.all(-1).to(torch.float64).mean())

@@ -5,19 +5,21 @@ Both are one definition: `fake_quantize(w, r)` is bitwise `quantize(w, r).dequan
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from miles.errors import DtypeError, NonFiniteError, ShapeError
+from miles.errors import DtypeError, MissingExtraError, NonFiniteError, SettingError, ShapeError
 from miles.precision import _fp8, _int4, _micro
 from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe, Role
 
 __all__ = ["QTensor", "fake_quantize", "quantize"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+Backend = Literal["auto", "reference", "triton"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,12 @@ class QTensor:
 
 
 def quantize(
-    tensor: Tensor, recipe: Recipe, *, role: Role = "weight", name: str | None = None
+    tensor: Tensor,
+    recipe: Recipe,
+    *,
+    role: Role = "weight",
+    name: str | None = None,
+    backend: Backend = "auto",
 ) -> QTensor:
     """Round a tensor to a recipe.
 
@@ -70,10 +77,13 @@ def quantize(
         recipe: what to round to.
         role: a weight, an activation or a gradient.
         name: named in errors.
+        backend: "reference", plain PyTorch; "triton", for `BlockFP8` on CUDA, with the same bits;
+            "auto", Triton where it applies and is installed.
 
     Raises:
         NonFiniteError: NaN or infinity.
-        SettingError: the recipe doesn't round tensors of this role.
+        SettingError: the recipe doesn't round tensors of this role, or Triton was asked for where
+            it doesn't apply.
         DtypeError: another dtype.
         ShapeError: too few dimensions, or a last one that `Int4` groups don't divide.
 
@@ -86,7 +96,7 @@ def quantize(
     """
     recipe.check_role(role)
     _check(tensor, recipe, role, name)
-    return _encode(tensor.detach(), recipe, role)
+    return _encode(tensor.detach(), recipe, role, backend)
 
 
 def fake_quantize(
@@ -123,17 +133,22 @@ def fake_quantize(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, recipe: Recipe, role: Role) -> Tensor:
-        return _encode(tensor, recipe, role).dequantize(tensor.dtype)
+        return _encode(tensor, recipe, role, "auto").dequantize(tensor.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0], None, None
 
 
-def _encode(tensor: Tensor, recipe: Recipe, role: Role) -> QTensor:
+def _encode(tensor: Tensor, recipe: Recipe, role: Role, backend: Backend) -> QTensor:
     whole = None
+    triton = _use_triton(tensor, recipe, backend)
     if isinstance(recipe, Int4):
         codes, scale = _int4.encode(tensor, recipe)
+    elif isinstance(recipe, BlockFP8) and triton:
+        from miles.precision import _fp8_triton  # imports triton
+
+        codes, scale = _fp8_triton.encode(tensor, recipe, role)
     elif isinstance(recipe, BlockFP8):
         codes, scale = _fp8.encode(tensor, recipe, role)
     elif isinstance(recipe, MXFP8):
@@ -142,6 +157,23 @@ def _encode(tensor: Tensor, recipe: Recipe, role: Role) -> QTensor:
         assert isinstance(recipe, NVFP4)
         codes, scale, whole = _micro.encode_nvfp4(tensor)
     return QTensor(codes, scale, recipe, role, whole)
+
+
+def _use_triton(tensor: Tensor, recipe: Recipe, backend: Backend) -> bool:
+    if backend not in ("auto", "reference", "triton"):
+        raise SettingError(f"backend is {backend!r}; expected 'auto', 'reference' or 'triton'")
+    applies = isinstance(recipe, BlockFP8) and tensor.is_cuda
+    if backend == "triton" and not applies:
+        raise SettingError(
+            f'backend="triton" got {type(recipe).__name__} on {tensor.device.type}; expected '
+            'BlockFP8 on CUDA; or backend="auto"'
+        )
+    if backend == "reference" or not applies:
+        return False
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "triton" and not installed:
+        raise MissingExtraError("triton", "kernels")
+    return installed
 
 
 def _check(tensor: Tensor, recipe: Recipe, role: Role, name: str | None) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from miles.errors import EmptyBatchError
+import torch
+from torch import Tensor
+
+from miles.errors import EmptyBatchError, RoutingError
 from miles.moe.tape import RoutingTape
 from miles.rollout._sampling import Draws
 from miles.rollout.sample import Sample, SamplingParams, Status
@@ -28,13 +32,36 @@ class Request:
     ending: tuple[Status, str] = (Status.PENDING, "")
     error: Exception | None = None
     prompt_routing: RoutingTape | None = None
-    routing: list[tuple[RoutingTape, int]] = field(default_factory=list)
+    """What its first pass here adds to the routing that its sample came with."""
+    step_routing: list[tuple[Tensor, int, int]] = field(default_factory=list)
+    """Stored ids `[R, M, K]` of a step, the row that is its own, and the version of the weights."""
     future: Future[Sample] = field(default_factory=Future)
 
     @property
     def ended(self) -> bool:
         """Whether it needs no further token."""
         return self.ending[0] is not Status.PENDING
+
+    def complete_routing(self) -> None:
+        """Append what was recorded here to what the sample came with; a fault is its error."""
+        if self.prompt_routing is None:
+            return
+        kept = [] if self.sample.routing is None else [self.sample.routing]
+        new = self.prompt_routing
+        if self.step_routing:
+            ids = torch.stack([ids_RMK[row] for ids_RMK, row, _ in self.step_routing])
+            spans, end = [], 0
+            for version, steps in itertools.groupby(version for *_, version in self.step_routing):
+                start, end = end, end + sum(1 for _ in steps)
+                spans.append((start, end, version))
+            new = RoutingTape.cat([new, new._with(ids, None, ()).with_spans(spans)], copy=False)
+        self.sample.routing = RoutingTape.cat([*kept, new], copy=False)
+        if self.error is None:
+            num_tokens = len(self.sample.tokens) - sum(map(len, kept))
+            try:
+                new.validate(num_tokens=num_tokens, request_id=self.request_id)
+            except RoutingError as error:
+                self.error = error
 
 
 def resolve(requests: list[Request]) -> None:

@@ -87,6 +87,7 @@ def _tape_to_wire(tape: RoutingTape) -> dict[str, Any]:
         "num_layers": tape.num_layers,
         "topk": tape.topk,
         "num_experts": tape.num_experts,
+        "num_experts_inferred": tape.num_experts_inferred,
         "spans": [list(span) for span in tape.spans],
     }
 

@@ -57,7 +57,8 @@ class HFEngine:
         max_batch: requests that are generated at once.
         max_context: most tokens of prompt and answer; the model's own limit by default.
         eos_token_ids: tokens that end an answer; the model's generation config by default.
-        record_routing: "auto" records expert ids if `RoutingReplay` knows the model's routers.
+        record_routing: "auto" records expert ids if `RoutingReplay` knows the model's routers. The
+            tape of a sample is validated, and its spans say which weights processed which token.
         weight_version: version of the weights that the model holds now.
         row_tile: decoding steps run a multiple of so many rows (or `max_batch`, if that is less).
             With bf16 on a CPU a request's tokens and log-probs then have the same bits whatever
@@ -149,6 +150,8 @@ class HFEngine:
         Raises:
             PromptTooLongError, StopTokenError, SettingError, EmptyBatchError: see the text.
             NonFiniteError: the model's logits for this request are NaN or infinite.
+            RoutingError: the routing of a sample to resume is another model's, or what was
+                recorded is nothing that a router chooses.
             EngineError: the model failed; the requests that were running are lost and the engine
                 goes on with the next ones.
         """
@@ -295,7 +298,7 @@ class HFEngine:
         logits_RV, routing = self._memory.decode([r.slot for r in running], tokens, positions)
         if routing is not None:
             for row, request in enumerate(running):
-                request.routing.append((routing, row))
+                request.step_routing.append((routing._ids, row, self._version))
         self._sample(running, logits_RV)
 
     def _admit(self) -> None:
@@ -318,23 +321,27 @@ class HFEngine:
         logits_UV, routing = self._memory.prefill(
             list(prompts), [[request.slot for request in group] for group in groups]
         )
-        for index, group in enumerate(groups):
-            for request in group:
-                if routing is not None:
-                    request.prompt_routing = routing[index][self._held_rows(request.sample) :]
+        if routing is not None:
+            for tape, group in zip(routing, groups, strict=True):
+                self._note_prompt_routing(tape, group)
         rows = [index for index, group in enumerate(groups) for _ in group]
         self._sample([r for group in groups for r in group], logits_UV[rows])
 
-    def _held_rows(self, sample: Sample) -> int:
-        """Rows that a resumed sample's first pass owns: they belong to its log-probs.
+    def _note_prompt_routing(self, tape: RoutingTape, group: list[Request]) -> None:
+        """Give requests with one prompt the rows of its pass, in memory that they share.
 
-        If that routing is gone, the rows are marked so; those of this pass are other weights'.
+        Rows that a resumed sample has already stay: they belong to its log-probs, and other
+        weights may have computed this pass. If they are gone, they are marked so.
         """
-        if not sample.spans or self._recorder is None:
-            return 0
-        if sample.routing is None:
-            sample.routing = self._recorder.unrecorded(len(sample.tokens) - 1)
-        return len(sample.routing)
+        assert self._recorder is not None
+        tape = tape.with_spans([(0, len(tape), self._version)])
+        shared = tape.copy()
+        for request in group:
+            sample = request.sample
+            if sample.spans and sample.routing is None:
+                sample.routing = self._recorder.unrecorded(len(sample.tokens) - 1)
+            held = 0 if sample.routing is None else len(sample.routing)
+            request.prompt_routing = tape[held:].copy() if held else shared
 
     def _sample(self, requests: list[Request], logits_RV: Tensor) -> None:
         temperatures = [r.params.temperature for r in requests]
@@ -384,10 +391,7 @@ class HFEngine:
         sample = request.sample
         sample.status = status
         sample.metadata["finish_reason"] = reason
-        if request.prompt_routing is not None:
-            kept = [] if sample.routing is None else [sample.routing]
-            steps = [tape[row : row + 1] for tape, row in request.routing]
-            sample.routing = RoutingTape.cat([*kept, request.prompt_routing, *steps])
+        request.complete_routing()
 
     def _check(self, sample: Sample, params: SamplingParams) -> None:
         outside = [t for t in sample.tokens if not 0 <= t < self._vocab_size]
@@ -407,6 +411,8 @@ class HFEngine:
             )
         self._check_stop_tokens(params.stop_token_ids)
         if sample.routing is not None and self._recorder is not None:
+            if sample.routing.num_experts_inferred:
+                sample.routing = sample.routing.with_num_experts(self._recorder.num_experts)
             got = (sample.routing.num_layers, sample.routing.topk, sample.routing.num_experts)
             model = self._recorder
             expected = (len(model.layers), model.topk, model.num_experts)

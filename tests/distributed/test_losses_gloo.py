@@ -1,20 +1,19 @@
-"""Losses on two processes, data- or context-parallel, equal those on one.
+"""Losses on two and four processes, data-, context-parallel or both, equal those on one.
 
-Each layout is spawned once and computes everything; the tests compare the results.
+Each number of processes is spawned once and computes every layout; the tests compare the results.
 """
-
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from miles import Packed, count
+from miles import count
 from miles.losses import (
     Reject,
     Weight,
     aggregate,
     importance_weights,
+    keep_untruncated,
     log_ratio,
     mean_over,
     mismatch_metrics,
@@ -24,9 +23,9 @@ from miles.losses import (
 from miles.losses.metrics import max_over
 from miles.losses.presets import grpo
 from tests.distributed.gloo import run
+from tests.distributed.test_surrogates_gloo import LAYOUTS, here
 from tests.steps import random_step, select
 
-LAYOUTS = ["data_parallel", "context_parallel"]
 RATIOS = ["token", "sequence_mean", "sequence_sum", "sequence_token"]
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "group_mean", "sum"]
 WEIGHTS = {
@@ -39,42 +38,13 @@ REJECTS = [
     for level in ("token", "sequence_mean", "sequence_sum", "sequence_max", "sequence_min")
     for statistic in ("ratio", "k1", "k2", "k3")
 ]
+TRUNCATED_S = torch.tensor([seq in (2, 3, 6) for seq in range(8)])
 
 
-def zigzag(packed: Packed) -> list[torch.Tensor]:
-    """Where the tokens of each of two ranks lie: chunks 0 and 3 of every sequence, or 1 and 2."""
-    chunks = [
-        (packed.seq_ids_T == seq).nonzero().flatten().tensor_split(4)
-        for seq in range(packed.num_seqs)
-    ]
-    return [
-        torch.cat([c for four in chunks for c in (four[a], four[b])]) for a, b in ((0, 3), (2, 1))
-    ]
-
-
-def here(layout: str) -> tuple[Packed, torch.Tensor, dict, dict]:
-    """This rank's part, where it lies in the step, and the groups for counts and readings."""
-    packed = random_step().packed
-    if layout == "single":
-        return packed, torch.arange(packed.num_positions), {}, {}
-    world, rank = dist.group.WORLD, dist.get_rank()
-    if layout == "data_parallel":
-        part, index_T = select(packed, [[5, 0, 2], [1, 7, 3, 4, 6]][rank])
-        return part, index_T, {"group": world}, {"group": world}
-    index_T = zigzag(packed)[rank]
-    part = replace(
-        packed,
-        seq_ids_T=packed.seq_ids_T[index_T],
-        mask_T=packed.mask_T[index_T],
-        positions_T=packed.positions_T[index_T],
-        seq_group=world,
-    )
-    return part, index_T, {}, {"group": world}
-
-
-def compute(layout: str) -> dict[str, dict]:
+def compute(layout: str | None) -> dict[str, dict]:
     """`summed`: what ranks add up, `[T]` tensors spread over the step; `shared`: equal on ranks."""
-    packed, index_T, data_group, all_group = here(layout)
+    packed, index_T, seqs, group = here(*LAYOUTS[layout]) if layout else here(1, 1)
+    everyone = {"group": dist.group.WORLD if layout else None}
     step = random_step()
     old_T, rollout_T, ref_T, advantages_T = (
         x[index_T] for x in (step.old_T, step.rollout_T, step.ref_T, step.advantages_T)
@@ -90,7 +60,7 @@ def compute(layout: str) -> dict[str, dict]:
         loss.backward()
         summed[name] = (loss.detach(), leaf_T.grad)
 
-    denominators = count(packed, **data_group)
+    denominators = count(packed, group=group)
     names = ("num_tokens", "num_seqs", "num_groups", "group_tokens_G")
     shared["count"] = {name: getattr(denominators, name) for name in names}
 
@@ -98,11 +68,11 @@ def compute(layout: str) -> dict[str, dict]:
     for name, weight in WEIGHTS.items():
         rule = Reject(level="token", statistic="ratio", low=0.3)
         settings = {"weight": weight, "reject": [rule], "normalize": "mean"}
-        correction = importance_weights(*inputs, **settings, **data_group)
+        correction = importance_weights(*inputs, **settings, group=group)
         summed[f"weights {name}"] = spread(correction.weights_T)
-        kept = count(packed, keep_T=correction.keep_T, **data_group)
+        kept = count(packed, keep_T=correction.keep_T, group=group)
         shared[f"count kept {name}"] = {key: getattr(kept, key) for key in names}
-        shared[f"metrics {name}"] = reduce_metrics(correction.metrics, **all_group)
+        shared[f"metrics {name}"] = reduce_metrics(correction.metrics, **everyone)
     for rule in REJECTS:
         keep_T = importance_weights(*inputs, weight=None, reject=[rule]).keep_T
         summed[f"keep {rule.level} {rule.statistic}"] = spread(keep_T.double())
@@ -123,32 +93,59 @@ def compute(layout: str) -> dict[str, dict]:
                     constant=6.0 if mode == "constant" else None,
                 ),
             )
+    keep_T = keep_untruncated(TRUNCATED_S[seqs], packed)
+    left_out = count(packed, keep_T=keep_T, group=group)
+    for mode in MODES:
+        for counted, rejection in ((denominators, True), (left_out, False)):
+            settings = {"mode": mode, "keep_T": keep_T, "count_rejected": rejection}
+            settings["constant"] = 6.0 if mode == "constant" else None
+            record(
+                f"truncated {mode} {rejection}",
+                lambda x, counted=counted, settings=settings: aggregate(
+                    log_ratio(x, old_T, packed, level="sequence_mean"), packed, counted, **settings
+                ),
+            )
     rest = (old_T, advantages_T, packed, denominators)
     settings = {"correction": correction, "ref_logprobs_T": ref_T, "kl_coef": 0.04}
     record("grpo", lambda x: grpo(x, *rest, **settings)[0])
     readings = grpo(step.logprobs_T[index_T], *rest, **settings)[1]
     readings |= mismatch_metrics(old_T, rollout_T, packed)
-    shared["metrics grpo"] = reduce_metrics(readings, **all_group)
+    shared["metrics grpo"] = reduce_metrics(readings, **everyone)
     each_seq = [select(packed, [seq]) for seq in range(packed.num_seqs)]
     readings = [mismatch_metrics(old_T[i_T], rollout_T[i_T], part) for part, i_T in each_seq]
-    shared["metrics of micro-batches"] = reduce_metrics(readings, **all_group)
-    nans = {}  # a NaN at each trainable position in turn: some on this rank, some on the other
+    shared["metrics of micro-batches"] = reduce_metrics(readings, **everyone)
+    nans = {}  # a NaN at each trainable position in turn: some on this rank, some on others
     for t in step.packed.mask_T.nonzero().flatten().tolist():
         nan_T = torch.where(index_T == t, torch.nan, 1.0)
         nans |= {f"max {t}": max_over(nan_T, packed.mask_T)}
         nans |= {f"mean {t}": mean_over(nan_T, packed.mask_T)}
-    shared["nan"] = reduce_metrics(nans, **all_group)
+    shared["nan"] = reduce_metrics(nans, **everyone)
     return {"summed": summed, "shared": shared}
+
+
+def compute_all(layouts: list[str]) -> dict[str, dict]:
+    return {layout: compute(layout) for layout in layouts}
 
 
 @pytest.fixture(scope="module")
 def single():
-    return compute("single")
+    return compute(None)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def ranks(request, tmp_path_factory):
-    return run(compute, 2, tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    """What each rank of 2 and of 4 computed, by layout."""
+    results = {}
+    for world in (2, 4):
+        layouts = [name for name, (data, context) in LAYOUTS.items() if data * context == world]
+        ranks = run(compute_all, world, tmp_path_factory.mktemp(f"world{world}"), layouts)
+        results |= {layout: [rank[layout] for rank in ranks] for layout in layouts}
+    return results
+
+
+@pytest.fixture(params=LAYOUTS)
+def ranks(request, spawned):
+    return spawned[request.param]
 
 
 def assert_sums_match(ranks, single, names):
@@ -169,11 +166,9 @@ def assert_every_rank_has(ranks, single, name):
         )
 
 
-def test_both_ranks_have_work_and_share_a_sequence_only_in_context_parallel():
-    packed = random_step().packed
-    seqs = [set(packed.seq_ids_T[index_T].tolist()) for index_T in zigzag(packed)]
-    assert len(seqs[0] & seqs[1]) >= 3
-    assert sum(len(index_T) for index_T in zigzag(packed)) == packed.num_positions
+def test_two_and_four_ranks_are_compared_value_and_gradient(spawned, single):
+    assert sorted(map(len, spawned.values())) == [2, 2, 4, 4, 4]
+    assert sum(isinstance(value, tuple) for value in single["summed"].values()) == 24 + 12 + 1
 
 
 def test_counts_match(ranks, single):
@@ -191,6 +186,14 @@ def test_ratios_match(ranks, single, level):
 def test_aggregated_losses_and_gradients_match(ranks, single, level, mode):
     assert_sums_match(ranks, single, [f"{level} {mode}"])
     assert single["summed"][f"{level} {mode}"][1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_truncated_sequences_are_left_out_alike(ranks, single, mode):
+    names = [f"truncated {mode} {rejection}" for rejection in (True, False)]
+    assert_sums_match(ranks, single, names)
+    values = [single["summed"][name][0].item() for name in names]
+    assert (values[0] == values[1]) == (mode == "sum")
 
 
 def test_grpo_loss_and_gradient_match(ranks, single):
@@ -213,6 +216,6 @@ def test_reduced_metrics_match(ranks, single, name):
     assert_every_rank_has(ranks, single, f"metrics {name}")
 
 
-def test_a_nan_on_one_rank_is_not_hidden_by_the_other(ranks, single):
+def test_a_nan_on_one_rank_is_not_hidden_by_the_others(ranks, single):
     for rank in (*ranks, single):
         assert [name for name, value in rank["shared"]["nan"].items() if not value.isnan()] == []

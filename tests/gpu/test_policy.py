@@ -44,6 +44,29 @@ def test_two_million_tokens_give_the_same_bits_every_time():
         torch.testing.assert_close(first[2][key], reference[2][key], rtol=1e-6, atol=1e-9)
 
 
+def test_the_program_that_is_last_sees_the_sums_of_all_others():
+    T = 2**20
+    packed = Packed.from_padded(torch.ones(1, T, dtype=torch.bool, device="cuda"))
+    new, old = torch.zeros(T, device="cuda"), torch.zeros(T, device="cuda")
+    advantages, denominators = torch.ones(T, device="cuda"), count(packed)
+    numbers = []
+    for _ in range(500):
+        loss, metrics = policy_loss(new, old, advantages, packed, denominators, backend="triton")
+        numbers.append(torch.stack([loss.double(), *metrics["ratio/mean"].numbers()]))
+    assert torch.stack(numbers).unique(dim=0).tolist() == [[-1.0, T, T]]
+
+
+def test_the_gradient_can_be_asked_for_again():
+    packed = Packed.from_padded(torch.tensor([[True, True]])).to("cuda")
+    leaf = torch.tensor([0.1, -0.1], device="cuda", requires_grad=True)
+    old, advantages = torch.zeros(2, device="cuda"), torch.tensor([1.0, -1.0], device="cuda")
+    loss, _ = policy_loss(leaf, old, advantages, packed, count(packed), backend="triton")
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    (again,) = torch.autograd.grad(2 * loss, leaf)
+    assert torch.equal(again, 2 * kept) and torch.equal(first, kept)
+
+
 def test_nan_and_infinity_as_in_the_reference():
     packed = Packed.from_padded(torch.tensor([[True, True, False]])).to("cuda")
     old = torch.tensor([0.0, 0.0, float("nan")], device="cuda")

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from miles.losses import _policy_triton, policy
+from miles.losses import _policy_closed, _policy_triton
 
 
 def main() -> None:
@@ -34,12 +34,13 @@ def main() -> None:
             "ratio_max": 1.2, "dual_clip": 3.0,
         }  # fmt: skip
         got = _policy_triton.one_pass(new_T, **settings)
-        expected = policy._closed_form(new_T, **settings)
+        expected = _policy_closed.closed_form(new_T, **settings)
         for ours, theirs in zip(got, expected, strict=True):
             ours = ours[: len(theirs)] if theirs.ndim else ours
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    doubled_T = _policy_triton.times(ref_T[mask_T], torch.tensor(2.0))
-    torch.testing.assert_close(doubled_T, 2 * ref_T[mask_T])
+    for factor in (1.0, 2.0):
+        scaled_T = _policy_triton.scaled_(ref_T[mask_T], torch.tensor(factor))
+        torch.testing.assert_close(scaled_T, factor * ref_T[mask_T])
 
 
 if __name__ == "__main__":

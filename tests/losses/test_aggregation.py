@@ -1,12 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from miles import Packed, count
-from miles.errors import DenominatorError, SettingError, ShapeError
-from miles.losses import aggregate, token_weights
-from tests.steps import poison, quick, random_step
+from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
+from miles.losses import aggregate, icepop, keep_untruncated, presets, token_weights
+from tests.steps import poison, quick, random_step, select
 
 MODES = {
     "token_mean": {},
@@ -232,8 +234,137 @@ def test_bad_shape_of_the_loss():
         aggregate(torch.zeros(1), PACKED, count(PACKED))
 
 
-def test_a_group_that_count_never_saw_is_named():
+@pytest.mark.parametrize("group", [1, 5])
+def test_a_group_that_count_never_saw_is_named(group):
     seen = Packed.from_padded(torch.ones(1, 1, dtype=torch.bool), torch.tensor([0]))
-    unseen = Packed.from_padded(torch.ones(1, 1, dtype=torch.bool), torch.tensor([5]))
-    with pytest.raises(DenominatorError, match="group id 5 is not among the 1 groups"):
+    unseen = Packed.from_padded(torch.ones(1, 1, dtype=torch.bool), torch.tensor([group]))
+    with pytest.raises(DenominatorError, match=f"group id {group} is not among the 1 groups"):
         aggregate(torch.ones(1), unseen, count(seen), mode="group_mean")
+
+
+# sequences of 2, 1 and 1 trainable tokens, the last of them cut off; groups of two and one
+CUT = Packed.from_padded(
+    torch.tensor([[True, True], [True, False], [True, False]]), torch.tensor([0, 0, 1])
+)
+CUT_LOSS = [1.0, 3.0, 6.0, torch.nan, 100.0, torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("mode", "counted", "left_out"),
+    [
+        ("token_mean", 10 / 4, 10 / 3),
+        ("seq_mean_token_mean", 8 / 3, 8 / 2),
+        ("seq_mean_token_sum", 10 / 3, 10 / 2),
+        ("constant", 10 / 15, 10 / 10),
+        ("group_mean", 10 / 3 / 2, 10 / 3),
+        ("sum", 10.0, 10.0),
+    ],
+)
+def test_truncated_sequences_stay_in_the_denominator_or_leave_it(mode, counted, left_out):
+    keep_T = keep_untruncated(torch.tensor([False, False, True]), CUT)
+    assert keep_T.tolist() == [True, True, True, False, False, False]
+    for count_rejected, expected in ((True, counted), (False, left_out)):
+        loss_T = torch.tensor(CUT_LOSS, requires_grad=True)
+        denominators = count(CUT, keep_T=None if count_rejected else keep_T)
+        settings = {"mode": mode, "keep_T": keep_T, "count_rejected": count_rejected}
+        loss = aggregate(loss_T, CUT, denominators, **settings, **MODES[mode])
+        loss.backward()
+        assert loss.item() == pytest.approx(expected)
+        assert (loss_T.grad[:3] > 0).all() and (loss_T.grad[3:] == 0).all()
+
+
+def without_truncated(step, parts, truncated_S, mode, **settings):
+    """Loss of the step and its gradient, over micro-batches."""
+    leaf_T, total = step.leaf(), 0.0
+    keeps = [keep_untruncated(truncated_S[seqs], packed) for seqs, packed, _ in parts]
+    counted = keeps if settings["count_rejected"] is False else None
+    denominators = count([packed for _, packed, _ in parts], keep_T=counted)
+    for (_, packed, index_T), keep_T in zip(parts, keeps, strict=True):
+        options = {"keep_T": keep_T, "mode": mode, **settings, **MODES[mode]}
+        loss = aggregate(leaf_T[index_T], packed, denominators, **options)
+        loss.backward()
+        total += loss.item()
+    return total, leaf_T.grad
+
+
+def cut_into(step, split):
+    return [(seqs, *select(step.packed, seqs)) for seqs in split]
+
+
+@every_mode
+@quick
+@given(seed=st.integers(0, 10_000), cut=st.sets(st.integers(1, 7)))
+def test_leaving_truncated_sequences_out_is_dropping_them_from_the_batch(mode, seed, cut):
+    step = random_step(seed)
+    truncated_S = torch.tensor([seq in cut for seq in range(8)])
+    got = without_truncated(
+        step, cut_into(step, [list(range(8))]), truncated_S, mode, count_rejected=False
+    )
+    rest, index_T = select(step.packed, [seq for seq in range(8) if seq not in cut])
+    leaf_T = step.leaf()
+    loss = aggregate(leaf_T[index_T], rest, count(rest), mode=mode, **MODES[mode])
+    loss.backward()
+    torch.testing.assert_close(got, (loss.item(), leaf_T.grad), rtol=1e-12, atol=1e-12)
+    assert leaf_T.grad.abs().max() > 0
+
+
+@every_mode
+@quick
+@given(seed=st.integers(0, 10_000), cut=st.sets(st.integers(1, 7)))
+def test_counting_truncated_sequences_is_giving_them_a_loss_of_zero(mode, seed, cut):
+    step = random_step(seed)
+    truncated_S = torch.tensor([seq in cut for seq in range(8)])
+    whole = cut_into(step, [list(range(8))])
+    got = without_truncated(step, whole, truncated_S, mode, count_rejected=True)
+    leaf_T = step.leaf()
+    zeroed_T = torch.where(truncated_S[step.packed.seq_ids_T], 0, leaf_T)
+    loss = aggregate(zeroed_T, step.packed, count(step.packed), mode=mode, **MODES[mode])
+    loss.backward()
+    torch.testing.assert_close(got, (loss.item(), leaf_T.grad), rtol=1e-12, atol=1e-12)
+
+
+@every_mode
+@pytest.mark.parametrize("count_rejected", [True, False])
+@pytest.mark.parametrize("split", [[[2, 3], [1, 5, 0, 4], [7, 6]], [[seq] for seq in range(8)]])
+def test_truncated_sequences_do_not_tie_the_loss_to_the_split(mode, count_rejected, split):
+    step = random_step()
+    truncated_S = torch.tensor([seq in (2, 3, 6) for seq in range(8)])  # all of one micro-batch
+    got, expected = (
+        without_truncated(
+            step, cut_into(step, cut), truncated_S, mode, count_rejected=count_rejected
+        )
+        for cut in (split, [list(range(8))])
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert expected[1].abs().max() > 0
+
+
+def test_a_preset_leaves_truncated_sequences_out_by_its_correction():
+    step, rest = random_step(), [0, 1, 4, 5, 7]
+    kept, index_T = select(step.packed, rest)
+    keep_T = keep_untruncated(torch.tensor([seq not in rest for seq in range(8)]), step.packed)
+    results = []
+    for packed, here_T in ((step.packed, slice(None)), (kept, index_T)):
+        old_T, rollout_T, advantages_T = (
+            x_T[here_T] for x_T in (step.old_T, step.rollout_T, step.advantages_T)
+        )
+        correction = icepop(old_T, rollout_T, packed, low=0.6)
+        both_T = correction.keep_T & keep_T[here_T]
+        correction = dataclasses.replace(correction, keep_T=both_T)
+        leaf_T, denominators = step.leaf(), count(packed, keep_T=both_T)
+        loss, _ = presets.dapo(
+            leaf_T[here_T], old_T, advantages_T, packed, denominators,
+            correction=correction, count_rejected=False,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss.detach(), leaf_T.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert 0 < both_T.sum() < kept.mask_T.sum() and results[0][1].abs().max() > 0
+
+
+def test_truncation_that_does_not_fit_is_refused():
+    for truncated_S in (torch.ones(2).bool(), torch.ones(6).bool(), torch.ones(1, 3).bool()):
+        with pytest.raises(ShapeError, match=r"truncated_S has shape .*; expected \[3\], one bool"):
+            keep_untruncated(truncated_S, CUT)
+    with pytest.raises(DtypeError, match=r"truncated_S is torch\.int64; expected torch\.bool"):
+        keep_untruncated(torch.tensor([0, 0, 1]), CUT)

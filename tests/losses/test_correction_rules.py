@@ -32,6 +32,13 @@ def test_masked_is_keeps_or_drops_whole_sequences_by_their_geometric_mean():
     assert torch.equal(got.weights_T, torch.where(keep_T, rho_T, 0))
 
 
+def test_a_ratio_exactly_at_the_cap_was_not_capped():
+    packed, zeros_T = Packed.from_padded(torch.ones(1, 2).bool()), torch.zeros(2)
+    weight = Weight(level="token", mode="truncate", high=1.0)
+    got = importance_weights(torch.tensor([0.0, 0.5]), zeros_T, packed, weight=weight)
+    assert float(got.metrics["correction/capped"]) == 0.5 and got.weights_T.tolist() == [1.0, 1.0]
+
+
 def test_masked_is_and_icepop_of_literals():
     old_T = torch.tensor([0.4, 0.5, 2.0, 2.5, 5.0, 5.5], dtype=torch.float64).log()
     packed, rollout_T = Packed.from_padded(torch.ones(6, 1).bool()), torch.zeros(6).double()

@@ -108,6 +108,9 @@ def test_clip_cov_literals_and_their_gradients():
     assert got.clipped_high_T.tolist() == [True] + [False] * 5
     one = clip_cov(*args, statistics=literal_statistics(share=0.2), **given).loss_T
     assert sorted([one[0].item() == 0, one[3].item() == 0]) == [False, True]
+    for seed in range(8):  # both ends belong to the range, whatever the draw
+        ends = literal_statistics(cov_min=2.0, cov_max=2.5, seed=seed)
+        assert torch.equal(clip_cov(*args, statistics=ends, **given).loss_T, got.loss_T)
     none = literal_statistics(cov_min=3.0)
     loss_T = clip_cov(*args, statistics=none, **given).loss_T
     assert loss_T.tolist() == pytest.approx([-6, 0, -1, -2 * math.exp(-0.1), 3 * math.exp(0.5), 0])
@@ -276,6 +279,12 @@ def test_bad_input():
         token_ids(PACKED, torch.tensor([0, 1]))
     with pytest.raises(DtypeError, match=r"sequence_ids_S is torch\.float32"):
         token_ids(PACKED, torch.zeros(1))
+    for bad in (-1, 2**31):
+        with pytest.raises(
+            SettingError, match=rf"holds values from {bad} to {bad}; expected 0\.\."
+        ):
+            token_ids(PACKED, torch.tensor([bad]))
+    assert token_ids(PACKED, torch.tensor([2**31 - 1])).min() == (2**31 - 1) * 2**32
     unplaced = dataclasses.replace(PACKED, positions_T=None)
     with pytest.raises(SettingError, match="token_ids needs positions_T"):
         token_ids(unplaced, torch.tensor([0]))

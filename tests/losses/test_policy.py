@@ -11,7 +11,14 @@ import torch
 
 from miles import Packed, count
 from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
-from miles.losses import Correction, policy_loss, policy_loss_backend, reduce_metrics, truncated_is
+from miles.losses import (
+    Correction,
+    _policy_closed,
+    policy_loss,
+    policy_loss_backend,
+    reduce_metrics,
+    truncated_is,
+)
 from tests.steps import random_step
 
 MODES = [
@@ -58,6 +65,59 @@ def assert_equal(step, backend, *, device="cpu", dtype=torch.float64, rtol=1e-12
     assert values == pytest.approx(expected[2], rel=rtol, abs=rtol)
 
 
+@pytest.mark.parametrize("block", [2**15, 7])
+def test_chunked_is_the_composition(block, monkeypatch):
+    monkeypatch.setattr(_policy_closed, "TOKENS_PER_THREAD", block)
+    for seed, (mode, constant) in enumerate(MODES):
+        for dual_clip in (None, 3.0):
+            settings = {"mode": mode, "constant": constant, "dual_clip": dual_clip}
+            assert_equal(random_step(seed), "chunked", **settings)
+    assert_equal(random_step(7), "chunked", count_rejected=False)
+    assert_equal(random_step(8), "chunked", corrected=False, kl=False)
+    assert_equal(random_step(9), "chunked", dtype=torch.float32, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2, 3])
+def test_inputs_of_several_dtypes_give_what_the_reference_gives(wide):
+    step = random_step(3)
+    inputs = [step.logprobs_T, step.old_T, step.advantages_T, step.ref_T]
+    inputs = [x.to(torch.float64 if i == wide else torch.float32) for i, x in enumerate(inputs)]
+    results = []
+    for backend in ("reference", "chunked"):
+        leaf = inputs[0].clone().requires_grad_()
+        loss, _ = policy_loss(
+            leaf, inputs[1], inputs[2], step.packed, count(step.packed), ref_logprobs_T=inputs[3],
+            kl_coef=0.1, backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results, check_dtype=wide < 3)
+
+
+def test_the_gradient_can_be_asked_for_again_and_grows_with_what_comes_back():
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    leaf = torch.tensor([0.1, -0.1], requires_grad=True)
+    args = (torch.zeros(2), torch.tensor([1.0, -1.0]), packed, count(packed))
+    gradients = []
+    for backend in ("reference", "chunked"):
+        loss, _ = policy_loss(leaf, *args, backend=backend)
+        (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        kept = first.clone()
+        (again,) = torch.autograd.grad(2 * loss, leaf, retain_graph=True)
+        torch.testing.assert_close(again, 2 * kept)
+        assert torch.equal(first, kept)
+        gradients.append(first)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_second_derivative_is_refused_where_there_is_none():
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    leaf = torch.tensor([0.1, -0.1], requires_grad=True)
+    loss, _ = policy_loss(leaf, torch.zeros(2), torch.ones(2), packed, count(packed))
+    with pytest.raises(SettingError, match="no second derivative"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+
 def test_compiled_is_the_composition():
     for seed, (mode, constant) in enumerate(MODES):
         assert_equal(random_step(seed), "compiled", mode=mode, constant=constant, dual_clip=3.0)
@@ -75,7 +135,7 @@ def test_the_triton_kernel_under_the_interpreter_is_the_closed_form():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_what_is_broken_at_a_trained_token_shows(backend):
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     old = torch.zeros(2)
@@ -84,7 +144,7 @@ def test_what_is_broken_at_a_trained_token_shows(backend):
     assert loss.isnan() and reduce_metrics(metrics)["ratio/max"].isnan()
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_a_clipped_token_of_infinite_ratio_sends_back_nothing(backend):
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     leaf = torch.tensor([800.0, 0.0], requires_grad=True)
@@ -95,7 +155,7 @@ def test_a_clipped_token_of_infinite_ratio_sends_back_nothing(backend):
     assert loss.item() == pytest.approx(-1.1) and leaf.grad.tolist() == [0.0, -0.5]
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_an_empty_micro_batch_adds_nothing(backend):
     packed = Packed.from_padded(torch.zeros(1, 3, dtype=torch.bool))
     other = count(Packed.from_padded(torch.ones(1, 3, dtype=torch.bool)))
@@ -108,7 +168,7 @@ def test_an_empty_micro_batch_adds_nothing(backend):
 def test_bad_settings_are_refused():
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     x, denominators = torch.zeros(2), count(packed)
-    with pytest.raises(SettingError, match="expected auto, reference"):
+    with pytest.raises(SettingError, match="expected one of auto, reference"):
         policy_loss(x, x, x, packed, denominators, backend="fast")
     with pytest.raises(SettingError, match="expected float32 on cuda"):
         policy_loss(x, x, x, packed, denominators, backend="triton")
@@ -116,7 +176,7 @@ def test_bad_settings_are_refused():
         policy_loss(x, x, x, packed, denominators, kl_coef=0.1)
     with pytest.raises(ShapeError, match="advantages_T"):
         policy_loss(x, x, torch.zeros(1), packed, denominators)
-    for backend in ("reference", "compiled"):
+    for backend in ("reference", "chunked", "compiled"):
         with pytest.raises(SettingError, match="absolute ratios"):
             policy_loss(x, x, x, packed, denominators, ratio_max=0.28, backend=backend)
     correction = truncated_is(x, x, packed)
@@ -135,18 +195,18 @@ def test_it_says_which_backend_it_takes_and_why():
     kinds = itertools.product([torch.bfloat16, torch.float64], ["auto"])
     for dtype, backend in kinds:
         chosen, why = policy_loss_backend(torch.zeros(1, dtype=dtype), backend=backend)
-        assert chosen == "reference" and str(dtype).removeprefix("torch.") in why
+        assert chosen == "chunked" and str(dtype).removeprefix("torch.") in why
 
 
 def test_old_logprobs_carry_no_gradient_in_any_backend():
     packed = Packed.from_padded(torch.tensor([[True, True]]))
-    for backend in ("reference", "compiled"):
+    for backend in ("reference", "chunked", "compiled"):
         leaf = torch.tensor([-1.0, -2.0], requires_grad=True)
         policy_loss(leaf, leaf, torch.ones(2), packed, count(packed), backend=backend)[0].backward()
         assert leaf.grad.tolist() == [-0.5, -0.5]
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_a_weight_of_zero_hides_no_nan_and_a_short_one_is_refused(backend):
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     new, old = torch.tensor([float("nan"), 0.0]), torch.zeros(2)
@@ -170,7 +230,7 @@ def test_no_position_at_all_gives_zero():
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_bfloat16_log_probs_are_compared_in_float32(backend):
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     leaf = torch.tensor([-1.9297, -2.0], dtype=torch.bfloat16).requires_grad_()

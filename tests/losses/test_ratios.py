@@ -25,12 +25,12 @@ OLD = [-1.5, torch.inf, -4.5, -4.0, torch.nan, -torch.inf]
     ],
 )
 def test_literals_and_their_gradients(level, expected, gradient):
-    new_T = torch.tensor(NEW, requires_grad=True)
-    got = log_ratio(new_T, torch.tensor(OLD), PACKED, level=level)
+    new_T, old_T = torch.tensor(NEW, requires_grad=True), torch.tensor(OLD, requires_grad=True)
+    got = log_ratio(new_T, old_T, PACKED, level=level)
     upstream = torch.tensor([1.0, torch.nan, 10.0, 100.0, torch.nan, torch.nan])
     got.backward(upstream)
     assert got.tolist() == expected
-    assert new_T.grad.tolist() == gradient
+    assert new_T.grad.tolist() == gradient and old_T.grad is None
 
 
 @pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_sum"])

@@ -452,3 +452,20 @@ def test_bad_input_of_the_others():
         topk_distillation(logits, logprobs, ids.int(), PACKED)
     with pytest.raises(SettingError, match=r"holds values from 2 to 4; expected 0\.\.3"):
         topk_distillation(logits, logprobs, ids + 2, PACKED)
+    with pytest.raises(SettingError, match=r"holds values from -1 to 1; expected 0\.\.3"):
+        topk_distillation(logits, logprobs, ids - 1, PACKED)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_an_id_that_a_teacher_reports_twice_is_refused(kind, tail):
+    packed = Packed.from_padded(torch.tensor([[True, False, True]]))
+    logits, logprobs = torch.zeros(3, 4), torch.full((3, 3), 0.2).log()
+    ids = torch.tensor([[0, 1, 2], [3, 3, 3], [2, 0, 1]])  # what a masked row holds is not read
+    settings = {"kind": kind, "tail": tail}
+    assert topk_distillation(logits, logprobs, ids, packed, **settings).isfinite().all()
+    ids[2] = torch.tensor([2, 0, 2])
+    with pytest.raises(
+        SettingError, match=r"repeats an id in 1 rows, the first of them row 2: \[2, 0, 2\]"
+    ):
+        topk_distillation(logits, logprobs, ids, packed, **settings)

@@ -72,6 +72,23 @@ def test_gmpo_takes_advantages_that_differ_within_a_sequence_by_their_mean():
     assert loss.item() == pytest.approx((-2 * math.exp(0.2) - math.exp(0.2)) / 2)
 
 
+def test_gmpo_counts_a_token_without_advantage_as_a_ratio_of_one():
+    lr = float64(0.2, 0, 5.0, 0.1, 0, 0, grad=True)
+    loss_T = gmpo(lr, float64(1.0, 0, 0.0, 1.0, 0, 0), PACKED).loss_T
+    loss_T.sum().backward()
+    first, second = -math.exp(0.1), -math.exp(0.1)  # the mean of 0.2 and 0; 0.1
+    assert loss_T.tolist() == pytest.approx([first, 0, 0, second, 0, 0])
+    assert lr.grad.tolist() == pytest.approx([first / 2, 0, 0, second, 0, 0])
+
+
+def test_gmpo_of_a_sequence_without_trainable_tokens_is_zero():
+    packed = Packed.from_padded(torch.tensor([[True, False], [False, False]]))
+    lr = float64(0.1, NAN, NAN, INF, grad=True)
+    loss_T = gmpo(lr, float64(1.0, NAN, NAN, -INF), packed).loss_T
+    loss_T.sum().backward()
+    assert loss_T[1:].tolist() == [0, 0, 0] and lr.grad[1:].tolist() == [0, 0, 0]
+
+
 def test_a_ratio_that_overflows_is_harmless_where_it_does_not_count():
     lr = torch.tensor([900.0, 0, 900.0, 900.0, 0, 0], requires_grad=True)
     loss_T = gmpo(lr, torch.tensor([1.0, 0, 1.0, 0.0, 0, 0]), PACKED).loss_T

@@ -47,6 +47,21 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only(ratio, advantage,
     assert log_ratio_T.grad.item() == pytest.approx(gradient)
 
 
+def test_a_ratio_or_divergence_exactly_at_its_bound_is_not_clipped():
+    packed = Packed.from_padded(torch.ones(1, 2).bool())
+    zeros_T, advantages_T = torch.zeros(2).double(), torch.tensor([1.0, -1.0]).double()
+    bounds = {"ratio_min": 1.0, "ratio_max": 1.0}
+    half_T = torch.full_like(zeros_T, 0.5).log()
+    assert (1 - half_T.exp() == 0.5).all()
+    moved = (zeros_T - half_T, advantages_T.abs(), packed)
+    for got in (
+        ppo_clip(zeros_T, advantages_T, **bounds),
+        cispo(zeros_T, zeros_T, advantages_T, packed, **bounds),
+        dppo(zeros_T, *moved, rollout_logprobs_T=half_T, delta=0.5),
+    ):
+        assert not (got.clipped_low_T | got.clipped_high_T).any()
+
+
 def test_bounds_are_absolute_ratios():
     log_ratio_T = torch.tensor([2.0, 0.5]).log()
     got = ppo_clip(log_ratio_T, torch.tensor([1.0, -1.0]), ratio_min=0.7, ratio_max=1.28)

@@ -242,9 +242,14 @@ def test_recording_inside_a_replay_gives_what_was_replayed():
     assert inside == outside == plan
 
 
-def test_recording_inside_the_replay_of_another_object_is_refused_not_silently_empty():
+@pytest.mark.parametrize("every", [0, 4])
+@pytest.mark.parametrize("record_natural", [False, True])
+def test_recording_inside_the_replay_of_another_object_is_refused(every, record_natural):
+    """With holes, or with `record_natural`, it took the router's own choice for the forced one."""
     model = tiny("qwen3_moe")
-    forced = RoutingReplay(model).replay(random_plan(RoutingReplay(model), 21))
+    plan = random_plan(RoutingReplay(model), 21)
+    plan = with_holes(plan, every) if every else plan
+    forced = RoutingReplay(model).replay(plan, "natural", record_natural=record_natural)
     with raises(RoutingError, "another RoutingReplay"), forced, RoutingReplay(model).record():
         model(token_batch())
 
