@@ -72,17 +72,19 @@ def _regions() -> list[Any]:
     Each has hooks on saved tensors that close over it. Others may lie above (`save_on_cpu`), and
     torch shows the top ones only, so all are taken off and put back.
     """
-    hooks, regions = [], []
+    hooks: list[Any] = []
+    regions: list[Any] = []
+    stack: Any = torch._C._autograd  # torch's stubs have these without their results
     try:
-        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+        while top := stack._top_saved_tensors_default_hooks(True):
+            stack._pop_saved_tensors_default_hooks()
             hooks.append(top)
             region = _region_of(top[0])
             if region is not None:
                 regions.append(region)
     finally:
         for pack, unpack in reversed(hooks):
-            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            stack._push_saved_tensors_default_hooks(pack, unpack)
     return regions
 
 

@@ -206,10 +206,10 @@ def _natural(live: Callable[[], Any]) -> Tensor:
     Nothing is saved for a gradient, so a second run may do without this; and a second object that
     records the same model must not take it for what the experts get.
     """
-    unseen = contextlib.nullcontext()
-    if not torch.compiler.is_compiling():
-        unseen = torch._C.DisableTorchFunction()
-    with torch.no_grad(), unseen:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if not torch.compiler.is_compiling():
+            stack.enter_context(torch._C.DisableTorchFunction())
         ids: Tensor = live()[1]
     return ids
 

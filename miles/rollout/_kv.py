@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from miles.moe._ids import storage
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
 from miles.rollout._graph import DecodeGraphs
@@ -41,8 +42,11 @@ class KVMemory(Protocol):
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, RoutingTape | None]:
-        """Process one token a slot; returns logits `[R, V]` and R rows of routing."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Process one token a slot.
+
+        Returns logits `[R, V]`, and expert ids `[R, M, K]` as a tape stores them, on the device.
+        """
         ...
 
     def worth_moving(self, highest: int, active: int) -> bool:
@@ -143,7 +147,7 @@ class SlotMemory:
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, RoutingTape | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         num_rows = _round_up(max(slots) + 1, self._row_tile)
         num_keys = min(_round_up(max(positions) + 1, self._key_tile), self._max_context)
         inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
@@ -159,9 +163,9 @@ class SlotMemory:
             self._graphs.forget()
             self._graphed_keys = held
         logits_RV, ids = step(num_rows, num_keys)
-        tape = _tape(self._recorder, [] if ids is None else [ids])
-        routing = None if tape is None else tape.rows(index)
-        return logits_RV[self._inputs[2, : len(slots)]], routing
+        # Indexing also saves the ids from the next step, which may write where they are.
+        own = self._inputs[2, : len(slots)]
+        return logits_RV[own], None if ids is None else _stored(self._recorder, ids[own])
 
     def _step(self, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor | None]:
         """The device's work of `decode`, from `_inputs` to logits and expert ids of every row."""
@@ -309,8 +313,9 @@ class RequestMemory:
         logits: list[Tensor] = []
         routing: list[RoutingTape] = []
         for prompt, owners in zip(prompts, slots, strict=True):
-            cache, last_V, tape = self._forward(list(prompt), 0, None)
+            cache, last_V, recorded = self._forward(list(prompt), 0, None)
             logits.append(last_V)
+            tape = _tape(self._recorder, recorded)
             routing += [] if tape is None else [tape]
             for owner in owners:
                 self._caches[owner] = cache if owner == owners[-1] else copy.deepcopy(cache)
@@ -318,14 +323,16 @@ class RequestMemory:
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, RoutingTape | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         logits: list[Tensor] = []
-        routing: list[RoutingTape] = []
+        ids: list[Tensor] = []
         for slot, token, position in zip(slots, tokens, positions, strict=True):
-            self._caches[slot], last_V, tape = self._forward([token], position, self._caches[slot])
+            self._caches[slot], last_V, recorded = self._forward(
+                [token], position, self._caches[slot]
+            )
             logits.append(last_V)
-            routing += [] if tape is None else [tape]
-        return torch.stack(logits), RoutingTape.cat(routing) if routing else None
+            ids += recorded
+        return torch.stack(logits), _stored(self._recorder, torch.cat(ids)) if ids else None
 
     def worth_moving(self, highest: int, active: int) -> bool:
         return False  # a step costs what is active, wherever it is
@@ -341,7 +348,7 @@ class RequestMemory:
 
     def _forward(
         self, tokens: list[int], start: int, cache: Any
-    ) -> tuple[Any, Tensor, RoutingTape | None]:
+    ) -> tuple[Any, Tensor, list[Tensor]]:
         device = _device(self._model)
         positions = torch.arange(start, start + len(tokens), device=device)[None]
         with _recording(self._recorder) as recorded:
@@ -352,11 +359,17 @@ class RequestMemory:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.past_key_values, out.logits[0, -1], _tape(self._recorder, recorded)
+        return out.past_key_values, out.logits[0, -1], recorded
 
 
 def _recording(recorder: RoutingReplay | None) -> AbstractContextManager[list[Tensor]]:
     return contextlib.nullcontext([]) if recorder is None else recorder._record_ids()
+
+
+def _stored(recorder: RoutingReplay | None, ids: Tensor) -> Tensor:
+    """Expert ids in the dtype of the recorder's tapes."""
+    assert recorder is not None
+    return ids.to(storage(recorder.num_experts))
 
 
 def _tape(recorder: RoutingReplay | None, recorded: list[Tensor]) -> RoutingTape | None:

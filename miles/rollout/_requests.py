@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from miles.errors import EmptyBatchError, RoutingError
 from miles.moe.tape import RoutingTape
+from miles.rollout._routing import StepRow, rows_of
 from miles.rollout._sampling import Draws
 from miles.rollout.sample import Sample, SamplingParams, Status
 
@@ -33,8 +30,8 @@ class Request:
     error: Exception | None = None
     prompt_routing: RoutingTape | None = None
     """What its first pass here adds to the routing that its sample came with."""
-    step_routing: list[tuple[Tensor, int, int]] = field(default_factory=list)
-    """Stored ids `[R, M, K]` of a step, the row that is its own, and the version of the weights."""
+    step_routing: list[StepRow] = field(default_factory=list)
+    """Where the rows of the tokens that it generated are."""
     future: Future[Sample] = field(default_factory=Future)
 
     @property
@@ -49,12 +46,7 @@ class Request:
         kept = [] if self.sample.routing is None else [self.sample.routing]
         new = self.prompt_routing
         if self.step_routing:
-            ids = torch.stack([ids_RMK[row] for ids_RMK, row, _ in self.step_routing])
-            spans, end = [], 0
-            for version, steps in itertools.groupby(version for *_, version in self.step_routing):
-                start, end = end, end + sum(1 for _ in steps)
-                spans.append((start, end, version))
-            new = RoutingTape.cat([new, new._with(ids, None, ()).with_spans(spans)], copy=False)
+            new = RoutingTape.cat([new, rows_of(new, self.step_routing)], copy=False)
         self.sample.routing = RoutingTape.cat([*kept, new], copy=False)
         if self.error is None:
             num_tokens = len(self.sample.tokens) - sum(map(len, kept))

@@ -33,6 +33,7 @@ from miles.errors import (
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
 from miles.rollout._requests import Request, new_sample, resolve, seed_of
+from miles.rollout._routing import StepRouting
 from miles.rollout._sampling import Draws, draw
 from miles.rollout.sample import Sample, SamplingParams, Status
 
@@ -108,6 +109,7 @@ class HFEngine:
         self._eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
         self._check_stop_tokens(self._eos)
         self._recorder = _recorder(model, record_routing)
+        self._step_routing = StepRouting()
         self._memory = _memory(
             model, self._recorder, num_slots=max_batch, max_context=self._max_context,
             row_tile=row_tile, cuda_graphs=cuda_graphs,
@@ -295,10 +297,11 @@ class HFEngine:
         self._compact()
         tokens = [r.sample.tokens[-1] for r in running]
         positions = [len(r.sample.tokens) - 1 for r in running]
-        logits_RV, routing = self._memory.decode([r.slot for r in running], tokens, positions)
-        if routing is not None:
-            for row, request in enumerate(running):
-                request.step_routing.append((routing._ids, row, self._version))
+        logits_RV, ids_RMK = self._memory.decode([r.slot for r in running], tokens, positions)
+        if ids_RMK is not None:
+            rows = self._step_routing.add(ids_RMK, self._version)
+            for request, row in zip(running, rows, strict=True):
+                request.step_routing.append(row)
         self._sample(running, logits_RV)
 
     def _admit(self) -> None:
