@@ -66,7 +66,8 @@ def _vllm(amax: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 def _hf(amax: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(_div(amax, MAX))))
+        # It takes a logarithm, whose result is the same for all but subnormal numbers.
+        scale = _blocks.ceil_power_of_two(_div(amax, MAX))
         scale = torch.where(amax == 0, 1.0, scale)
         return _div(1.0, scale), scale
     multiplier = amax.reciprocal() * MAX

@@ -15,8 +15,10 @@ from miles.precision.recipes import BlockFP8, Role
 
 __all__ = ["encode"]
 
-_ROWS = 32
-"""Rows of a program when each row has its own scales."""
+_ROWS, _WARPS = 32, 4
+"""Rows of a program when each row has its own scales, and its warps."""
+_SQUARE_WARPS = 8
+"""Warps of a program of 128 rows that share a scale."""
 _PROFILES = {name: number for number, name in enumerate(_fp8.PROFILES)}
 
 
@@ -53,7 +55,7 @@ def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> tuple[Tensor, Tensor
                 POWER_OF_TWO=recipe.scale == "ue8m0",
                 SQUARE=square,
                 ROWS=rows,
-                num_warps=8 if square else 4,
+                num_warps=_SQUARE_WARPS if square else _WARPS,
                 enable_fp_fusion=False,
             )
     if square:

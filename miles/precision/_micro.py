@@ -24,6 +24,7 @@ __all__ = [
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MAX = E2M1[-1]
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def encode_mxfp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +57,9 @@ def encode_nvfp4(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wanted = torch.div(torch.div(amax, torch.full_like(amax, _E2M1_MAX)), whole_scale)
     scale = wanted.clamp(max=MAX).to(E4M3)
     # One multiplier for each block, as the engines have it.
-    multiplier = torch.div(torch.div(torch.ones_like(whole_scale), whole_scale), scale.float())
-    multiplier = torch.where(scale.float() == 0, 0.0, multiplier)
+    whole_multiplier = torch.div(torch.ones_like(whole_scale), whole_scale)
+    multiplier = torch.div(whole_multiplier.clamp(max=_FLOAT32_MAX), scale.float())
+    multiplier = torch.where(scale.float() == 0, 0.0, multiplier.clamp(max=_FLOAT32_MAX))
     scaled = x * _blocks.spread(multiplier, x.shape, (NVFP4.block,))
     return _to_e2m1(scaled), scale, whole_scale
 
