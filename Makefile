@@ -21,9 +21,11 @@ docs: .venv/docs
 	$(BIN)/zensical build --clean
 
 bench: .venv/examples
-	$(PIP) --no-deps trl==1.16.0 verl==0.9.1
+	$(PIP) --no-deps trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5
 	$(BIN)/python benchmarks/engine_throughput.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/losses_of_heads.py
+	$(BIN)/python benchmarks/routing_bytes.py
 	$(BIN)/python benchmarks/conformance.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -197,8 +197,9 @@ def scaled_(gradient_T: Tensor, factor: Tensor) -> Tensor:
     """`gradient_T *= factor`, which is 1 nearly always, and then the tokens are not touched."""
     num_tokens = gradient_T.shape[0]
     with on_device(gradient_T):
-        _scale[(min(PROGRAMS, max(1, triton.cdiv(num_tokens, 2048))),)](
-            gradient_T, factor, num_tokens, BLOCK=2048, PROGRAMS=PROGRAMS, num_warps=8
+        # Few programs, since they nearly always end at once.
+        _scale[(min(128, max(1, triton.cdiv(num_tokens, 2048))),)](
+            gradient_T, factor, num_tokens, BLOCK=2048, PROGRAMS=128, num_warps=8
         )
     return gradient_T
 

@@ -5,6 +5,7 @@ Shapes: N tokens, M mixture-of-experts layers, K experts a token.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,9 +85,9 @@ def check_choices(ids: Tensor, recorded_N: Tensor, num_experts: int, who: str) -
         wrong = doubtful and not bool(recorded.any())
     else:
         # All pairs, by their distance. K outermost makes a comparison run over whole cache lines,
-        # and the least of the XORs is 0 where two are equal: a third of the time that `any` takes.
-        ids_KR = recorded.flatten(0, 1).T.contiguous()
-        wrong = any(int((ids_KR[gap:] ^ ids_KR[:-gap]).min()) == 0 for gap in range(1, topk))
+        # and the least of the XORs is 0 where two are equal. numpy takes a quarter of torch's time.
+        ids_KR = np.ascontiguousarray(recorded.flatten(0, 1).numpy().T)
+        wrong = any((ids_KR[gap:] ^ ids_KR[:-gap]).min() == 0 for gap in range(1, topk))
     if not wrong:
         return
     zero_layers = (recorded == 0).all(2).all(0).nonzero().flatten().tolist()

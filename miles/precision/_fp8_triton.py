@@ -17,7 +17,7 @@ __all__ = ["encode"]
 
 _ROWS, _WARPS = 32, 4
 """Rows of a program when each row has its own scales, and its warps."""
-_SQUARE_WARPS = 8
+_SQUARE_WARPS = 4
 """Warps of a program of 128 rows that share a scale."""
 _PROFILES = {name: number for number, name in enumerate(_fp8.PROFILES)}
 

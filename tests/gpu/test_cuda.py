@@ -15,6 +15,7 @@ from miles.losses import (
     presets,
     reduce_metrics,
     token_logprobs,
+    topk_distillation,
     truncated_is,
 )
 from miles.moe import RoutingReplay
@@ -179,3 +180,13 @@ def test_engine_process_on_the_gpu_takes_weights_and_dies_cleanly(tmp_path):
 async def _all(engine: EngineProcess):
     request = SamplingParams(max_new_tokens=8, seed=0)
     return await asyncio.gather(*(engine.generate(prompt, request) for prompt in PROMPTS))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_repeated_id_of_topk_distillation_is_nan_without_a_stall(kind):
+    packed = Packed.from_padded(torch.ones(1, 3, dtype=torch.bool, device="cuda"))
+    ids = torch.tensor([[0, 1], [2, 2], [3, 0]], device="cuda")
+    teacher = torch.full((3, 2), 0.25, device="cuda").log()
+    student = torch.zeros(3, 5, device="cuda")
+    loss_T = topk_distillation(student, teacher, ids, packed, kind=kind)
+    assert loss_T.isnan().tolist() == [False, True, False]
