@@ -206,11 +206,12 @@ def _natural(live: Callable[[], Any]) -> Tensor:
     Nothing is saved for a gradient, so a second run may do without this; and a second object that
     records the same model must not take it for what the experts get.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if not torch.compiler.is_compiling():
-            stack.enter_context(torch._C.DisableTorchFunction())
-        ids: Tensor = live()[1]
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            ids: Tensor = live()[1]
+    else:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            ids = live()[1]
     return ids
 
 
