@@ -8,20 +8,20 @@ The binding lives and dies with the region's part of the graph, in whatever orde
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
 
 from miles.errors import RoutingError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from miles.moe._intercept import Forced, Router
 
-__all__ = ["bind", "in_backward", "refuse_compiled_regions"]
+__all__ = ["Again", "bind", "in_backward", "is_second_run"]
 
 
 def in_backward() -> bool:
@@ -43,10 +43,10 @@ def bind(router: Router, forced: Forced) -> None:
             "not replayed, so the tape of this block is not its own; leave replay() before the "
             "backward pass of what was not replayed"
         )
-    if not torch.is_grad_enabled():
+    regions = _regions()
+    if not regions and not torch.is_grad_enabled():  # so the reentrant kind runs the first time
         _refuse_reentrant(router)
-        return
-    for region in _regions():
+    for region in regions:
         if not isinstance(region.recompute_fn, Again):
             region.recompute_fn = Again(region.recompute_fn)
         region.recompute_fn.forced[router] = forced.again()
@@ -66,32 +66,47 @@ class Again:
             return self._recompute(*args)
 
 
+def is_second_run() -> bool:
+    """Whether this is the second run of a region, and not a compiled graph's backward pass."""
+    return any(_is_of_checkpoint(pack) and not _region_of(pack) for pack, _ in _hooks())
+
+
 def _regions() -> list[Any]:
     """The non-reentrant regions (`_CheckpointFrame`) whose first run this is, the innermost first.
 
-    Each has hooks on saved tensors that close over it. Others may lie above (`save_on_cpu`), and
-    torch shows the top ones only, so all are taken off and put back.
+    Each has hooks on saved tensors that close over it.
+    """
+    return [region for pack, _ in _hooks() if (region := _region_of(pack)) is not None]
+
+
+def _hooks() -> list[Any]:
+    """The pairs of hooks on saved tensors, the last first.
+
+    Others may lie above those of a region (`save_on_cpu`), and torch shows the top ones only, so
+    all are taken off and put back.
     """
     hooks: list[Any] = []
-    regions: list[Any] = []
     stack: Any = torch._C._autograd  # torch's stubs have these without their results
     try:
         while top := stack._top_saved_tensors_default_hooks(True):
             stack._pop_saved_tensors_default_hooks()
             hooks.append(top)
-            region = _region_of(top[0])
-            if region is not None:
-                regions.append(region)
     finally:
         for pack, unpack in reversed(hooks):
             stack._push_saved_tensors_default_hooks(pack, unpack)
-    return regions
+    return hooks
+
+
+def _is_of_checkpoint(pack: Any) -> bool:
+    pack = inspect.unwrap(pack)
+    code = getattr(pack, "__code__", None)
+    return code is not None and code.co_filename == torch.utils.checkpoint.__file__
 
 
 def _region_of(pack: Any) -> Any:
     if not isinstance(pack, types.FunctionType) or pack.__closure__ is None:
         return None
-    if pack.__code__.co_filename != torch.utils.checkpoint.__file__:
+    if not _is_of_checkpoint(pack):
         return None
     closed_over = dict(zip(pack.__code__.co_freevars, pack.__closure__, strict=True))
     return closed_over["frame"].cell_contents if "frame" in closed_over else None
@@ -111,26 +126,4 @@ def _refuse_reentrant(router: Router) -> None:
                 "again after the replay with other experts; expected use_reentrant=False, for "
                 "transformers model.gradient_checkpointing_enable("
                 'gradient_checkpointing_kwargs={"use_reentrant": False})'
-            )
-
-
-def refuse_compiled_regions(model: nn.Module) -> None:
-    """A compiled region inside a checkpointed layer can't tell the layer what it chose.
-
-    Raises:
-        UnsupportedModelError: a layer is checkpointed by transformers and compiled by itself.
-    """
-    if not model.training:
-        return
-    for name, module in model.named_modules():
-        # transformers sets the flag on whole models too; only such a layer wraps its own call.
-        if not vars(module).get("gradient_checkpointing") or not any(
-            cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__
-        ):
-            continue
-        if any(part._compiled_call_impl is not None for part in module.modules()):
-            raise UnsupportedModelError(
-                f"{name or type(model).__name__} is checkpointed around a compiled module, whose "
-                "second run could not be given the same experts; expected torch.compile(model), "
-                "with checkpointing inside, or one of the two"
             )

@@ -6,6 +6,7 @@ Shapes: N tokens of a forward pass, E experts, K of them a token.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,9 +36,7 @@ class Choices:
 
     def __init__(self) -> None:
         self.passes = []
-        number = next(_NUMBERS)
-        _BY_NUMBER[number] = self
-        self.key = torch.tensor(number)
+        self.key = _NUMBERED.key(self)
 
     def note(self, ids: Tensor, topk: int) -> None:
         """Keep what a `topk` chose."""
@@ -48,20 +47,54 @@ class Choices:
             self.passes.append(ids_NK.to(torch.int16))
 
 
-_NUMBERS = itertools.count()
-_BY_NUMBER: weakref.WeakValueDictionary[int, Choices] = weakref.WeakValueDictionary()
+class _Numbered:
+    """Objects that operators of a compiled graph find again, by a number that is a tensor."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def key(self, thing: Any) -> Tensor:
+        number = next(self._numbers)
+        self._alive[number] = thing
+        return torch.tensor(number)
+
+    def get(self, key: Tensor) -> Any:
+        """None once the object is gone."""
+        return self._alive.get(int(key))
+
+
+_NUMBERED = _Numbered()
 
 
 # It changes nothing in `key`; saying so keeps the compiler from dropping a call without a result.
 @torch.library.custom_op("miles::note_routing", mutates_args=("key",))
 def _note(key: Tensor, ids_NK: Tensor) -> None:
-    _BY_NUMBER[int(key)].passes.append(ids_NK.to(torch.int16))
+    _NUMBERED.get(key).passes.append(ids_NK.to(torch.int16))
+
+
+# What it returns is used, so the compiler keeps it, and it may run again in a backward graph.
+@torch.library.custom_op("miles::bind_routing", mutates_args=())
+def _bind(key: Tensor, ids_NK: Tensor) -> Tensor:
+    forced: Forced | None = _NUMBERED.get(key)
+    if forced is None:  # the backward graph of a block that has ended, which has its ids
+        return ids_NK.clone()
+    if not _checkpoint.in_backward() or _checkpoint.is_second_run():
+        _checkpoint.bind(forced.router, forced)
+    return ids_NK.clone()
+
+
+@_bind.register_fake
+def _(key: Tensor, ids_NK: Tensor) -> Tensor:
+    return torch.empty_like(ids_NK)
 
 
 @dataclass(eq=False)
 class Forced:
     """What one router has to choose."""
 
+    router: Router
+    """The one."""
     ids_NK: Tensor
     """Unsigned or signed integers of any width; rows of `holes_N` mean nothing."""
     holes_N: Tensor | None
@@ -73,9 +106,12 @@ class Forced:
     recomputing: bool = False
     """This is the forward pass that activation checkpointing runs again in the backward pass."""
 
+    def __post_init__(self) -> None:
+        self.key = _NUMBERED.key(self)
+
     def again(self) -> Forced:
         """The same choice in a second run of the same forward pass."""
-        return Forced(self.ids_NK, self.holes_N, self.drop, recomputing=True)
+        return Forced(self.router, self.ids_NK, self.holes_N, self.drop, recomputing=True)
 
 
 class Router:
@@ -87,15 +123,31 @@ class Router:
     """
 
     def __init__(
-        self, name: str, module: nn.Module, family: RouterFamily, experts: nn.Module | None
+        self,
+        path: str,
+        module: nn.Module,
+        family: RouterFamily,
+        experts: nn.Module | None,
+        name: str | None = None,
     ) -> None:
-        self.name, self.module, self.family, self.experts = name, module, family, experts
+        self.path, self.name = path, name or path  # where it is, and what errors call it
+        self.module, self.family, self.experts = module, family, experts
         self.num_experts, self.topk = family.sizes(module)
         self.forced: Forced | None = None
         self.chosen: Choices | None = None
         self._depth = 0
         self._below: Any = None
         self._original: Callable[..., Any] = module.forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model made inside a block chooses freely."""
+        return copy.deepcopy(self._original, memo)
+
+    def __reduce__(self) -> Any:
+        raise RoutingError(
+            f"{self.name} can't be pickled while it is recorded or replayed; expected the model "
+            "to be pickled outside of record() and replay()"
+        )
 
     @contextlib.contextmanager
     def noting(self, choices: Choices) -> Iterator[None]:
@@ -147,7 +199,10 @@ class Router:
                 f"{self.name} processes {leading.numel()} tokens and the tape has "
                 f"{forced.ids_NK.shape[0]}; expected one row a token, padding included"
             )
-        return forced.ids_NK.to(torch.int64).view(*leading, self.topk)
+        ids_NK = forced.ids_NK
+        if torch.compiler.is_compiling():
+            ids_NK = _bind(forced.key, ids_NK)
+        return ids_NK.to(torch.int64).view(*leading, self.topk)
 
     def _drop_holes(self) -> torch.utils.hooks.RemovableHandle:
         """Zero the final gate weights of rows on their way into the experts.

@@ -31,9 +31,9 @@ class MegatronRouter(Router):
     """One `TopKRouter`; stands in for its `RouterReplay` while something is noted or forced."""
 
     def __init__(self, name: str, module: Any) -> None:
-        self.path, self.layer_number = name, int(module.layer_number)
-        name = f"{name} (layer {self.layer_number} of the model)"
-        super().__init__(name, module, FAMILY, experts=None)
+        self.layer_number = int(module.layer_number)
+        called = f"{name} (layer {self.layer_number} of the model)"
+        super().__init__(name, module, FAMILY, experts=None, name=called)
         self._chose = False
         self._check: RemovableHandle | None = None
 

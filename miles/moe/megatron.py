@@ -68,17 +68,8 @@ class MegatronReplay(RoutingReplay):
         routers = _routers(self._model, self._config)
         self._moe_layers, self._num_moe_layers = _place(self._model, self._config, routers)
         self._routers = list(routers)
-        self._paths = [router.path for router in routers]
-        self._stream = None
+        self._discover, self._stream = False, None
         self._recording = self._replaying = False
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the router modules here, in the order of a tape's layers.
-
-        In a list of chunks they begin with the chunk's place in it.
-        """
-        return list(self._paths)
 
     @property
     def num_experts(self) -> int:

@@ -34,10 +34,17 @@ class RoutingPlan:
             self._copy(device)
             self._ready = stream.record_event()
 
+    # Not an inference tensor, whatever the caller is in: a backward pass may save it.
+    @torch.inference_mode(False)
     def _copy(self, device: torch.device) -> None:
         self._ids_MNK = _to(self.tape._ids, device).transpose(0, 1).contiguous()
         holes_N = self.tape._holes_N
         self._holes_N = None if holes_N is None else _to(holes_N, device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the copy is."""
+        return self._ids_MNK.device
 
     def wait(self) -> tuple[Tensor, Tensor | None]:
         """`[M, N, K]` ids and bool `[N]` holes, once the current stream may read them."""
@@ -52,5 +59,5 @@ class RoutingPlan:
 
 def _to(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
-        return host.to(device)
+        return host.to(device, copy=True)
     return host.pin_memory().to(device, non_blocking=True)

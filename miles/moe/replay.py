@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from miles.errors import RoutingError, SettingError, UnsupportedModelError
-from miles.moe import _checkpoint, discovery
+from miles.moe import discovery
 from miles.moe._intercept import Choices, Forced, Router
 from miles.moe.families import ROUTER_FAMILIES, find_routers
 from miles.moe.plan import RoutingPlan
@@ -58,7 +58,11 @@ class RoutingReplay:
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module, *, discover: bool = False) -> None:
-        self._model = model
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(
+                f"got {type(model).__name__}; expected a module, or a list of megatron-core's"
+            )
+        self._model, self._discover = model, discover
         found = discovery.discover(model) if discover else []
         self._routers = [
             Router(name, module, family, _experts(model, name))
@@ -81,10 +85,14 @@ class RoutingReplay:
         if found:
             discovery.self_test(self, model)
 
+    def __reduce__(self) -> Any:
+        # Of a copy of the model (`copy.deepcopy` comes here too), the copy of the object.
+        return _rebuild, (self._model, self._discover)
+
     @property
     def layers(self) -> list[str]:
         """Names of the router modules, in the order of a tape's layers."""
-        return [router.name for router in self._routers]
+        return [router.path for router in self._routers]
 
     @property
     def num_experts(self) -> int:
@@ -108,7 +116,8 @@ class RoutingReplay:
 
         Several forward passes are laid end to end. A padded `[B, L]` batch gives B * L rows. Under
         activation checkpointing the second run of a layer is not noted again. Inside a replay the
-        tape gets what was replayed.
+        tape gets what was replayed, and for rows that were dropped what the router chose.
+        `generate` makes a forward pass a token, whose rows lie step by step, not row by row.
 
         Raises:
             RoutingError: this object is recording already.
@@ -127,6 +136,7 @@ class RoutingReplay:
                 "record() was entered inside record() of the same object, and both would get the "
                 "same rows; expected one block, or a second RoutingReplay"
             )
+        self._check_model()
         choices = [Choices() for _ in self._routers]
         filled: list[Tensor] = []
         self._recording = True
@@ -166,8 +176,19 @@ class RoutingReplay:
         Raises:
             RoutingError: the tape does not fit the model.
         """
+        if not isinstance(tape, RoutingTape):
+            raise RoutingError(
+                f"got {type(tape).__name__}; expected a RoutingTape, or None for none"
+            )
         if tape.num_experts_inferred:
             tape = tape.with_num_experts(self.num_experts)
+        self._check_sizes(tape)
+        device = self._device()
+        if device.type == "cuda" and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return RoutingPlan(tape, device, self._stream)
+
+    def _check_sizes(self, tape: RoutingTape) -> None:
         got = (tape.num_layers, tape.topk, tape.num_experts)
         expected = (len(self._routers), self.topk, self.num_experts)
         if got != expected:
@@ -175,10 +196,29 @@ class RoutingReplay:
                 f"the tape has (layers, topk, experts) {got} and the model {expected}; expected "
                 "the same; was it recorded with this model?"
             )
-        device = next(self._model.parameters()).device
-        if device.type == "cuda" and self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        return RoutingPlan(tape, device, self._stream)
+
+    def _check_model(self) -> None:
+        """Routers that were replaced since would neither be noted nor forced, without a word."""
+        for router in self._routers:
+            try:
+                found = self._model.get_submodule(router.path)
+            except AttributeError:
+                found = None
+            if found is not router.module:
+                raise RoutingError(
+                    f"{router.name} is another module than when this object was made; expected "
+                    "RoutingReplay(model) after the last change of the model's modules"
+                )
+
+    def _device(self) -> torch.device:
+        modules = [router.module for router in self._routers] or [self._model]
+        devices = {next(module.parameters()).device for module in modules}
+        if len(devices) > 1:
+            raise UnsupportedModelError(
+                f"the routers are on {sorted(map(str, devices))}; expected one device a process; "
+                "models that are spread over several (device_map) are not supported"
+            )
+        return devices.pop()
 
     @contextlib.contextmanager
     def replay(
@@ -225,10 +265,19 @@ class RoutingReplay:
                 "replay() was entered inside replay() of the same object, and only one tape can "
                 "be in force; expected one block after the other"
             )
-        _checkpoint.refuse_compiled_regions(self._model)
+        self._check_model()
         plan = tape if isinstance(tape, RoutingPlan) else self.prefetch(tape)
+        self._check_sizes(plan.tape)
+        if plan.device != self._device():
+            raise RoutingError(
+                f"the plan is on {plan.device} and the model on {self._device()}; expected one "
+                "device; call prefetch() after the model has moved"
+            )
         _check_holes(plan.tape, invalid, required_N)
         ids_MNK, holes_N = plan.wait()
+        if holes_N is None and (invalid != "raise" or required_N is not None):
+            # As if there were some, so that a compiled model is one graph for all such tapes.
+            holes_N = torch.zeros(len(plan.tape), dtype=torch.bool, device=plan.device)
         drop = holes_N is not None and invalid == "drop"
         choices = [Choices() for _ in self._routers] if record_natural else []
         natural = self.unrecorded(0)
@@ -236,7 +285,7 @@ class RoutingReplay:
         try:
             with contextlib.ExitStack() as stack:
                 for layer, router in enumerate(self._routers):
-                    forced = Forced(ids_MNK[layer], holes_N, drop)
+                    forced = Forced(router, ids_MNK[layer], holes_N, drop)
                     if record_natural:
                         forced.natural = choices[layer]
                     stack.enter_context(router.forcing(forced))
@@ -247,11 +296,17 @@ class RoutingReplay:
             natural._fill(ids)
 
 
+def _rebuild(model: nn.Module, discover: bool) -> RoutingReplay:
+    return RoutingReplay(model, discover=discover)
+
+
 def _check_holes(tape: RoutingTape, invalid: str, required_N: Tensor | None) -> None:
-    if required_N is not None and required_N.shape != (len(tape),):
+    if required_N is not None and (
+        required_N.shape != (len(tape),) or required_N.dtype != torch.bool
+    ):
         raise RoutingError(
-            f"required_N has shape {tuple(required_N.shape)}; expected [{len(tape)}], one for "
-            "each row of the tape"
+            f"required_N is {required_N.dtype} of shape {tuple(required_N.shape)}; expected bool "
+            f"[{len(tape)}], one for each row of the tape"
         )
     if invalid != "raise":
         return

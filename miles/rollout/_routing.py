@@ -74,15 +74,4 @@ def rows_of(like: RoutingTape, noted: Sequence[StepRow]) -> RoutingTape:
         parts.append(steps.read()[first.step : first.step + count, row])
         spans.append(RoutingSpan(end, end + count, version))
         end += count
-    return like._with(torch.cat(parts), None, ()).with_spans(_joined(spans))
-
-
-def _joined(spans: Sequence[RoutingSpan]) -> list[RoutingSpan]:
-    """Neighbours of one version as one."""
-    joined: list[RoutingSpan] = []
-    for span in spans:
-        if joined and joined[-1].weight_version == span.weight_version:
-            joined[-1] = RoutingSpan(joined[-1].start, span.end, span.weight_version)
-        else:
-            joined.append(span)
-    return joined
+    return like._with(torch.cat(parts), None, ()).with_spans(spans)

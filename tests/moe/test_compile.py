@@ -54,8 +54,9 @@ def test_replay_is_one_graph_for_all_tapes(experts):
 def test_holes_are_no_reason_to_compile_again(invalid):
     model, compiled = pair()
     replay = RoutingReplay(model)
-    for seed, every in enumerate((2, 3, 5)):
-        with replay.replay(with_holes(random_plan(replay, 21, seed), every), invalid):
+    for seed, every in enumerate((2, 3, 0, 5)):
+        plan = random_plan(replay, 21, seed)
+        with replay.replay(with_holes(plan, every) if every else plan, invalid):
             expected = model(token_batch(), use_cache=False).logits
             got = compiled(token_batch(), use_cache=False).logits
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from contextlib import ExitStack
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from miles.errors import RoutingError, SettingError, UnsupportedModelError
 from miles.moe import ROUTER_FAMILIES, RoutingReplay, RoutingTape
 from tests.models import MOE_FAMILIES, routers, tiny, token_batch
-from tests.moe.plans import loss_and_gradients, random_plan, same, with_holes
+from tests.moe.plans import loss_and_gradients, random_plan, same, weighted, with_holes
 
 family = pytest.mark.parametrize("name", MOE_FAMILIES)
 
@@ -205,7 +207,10 @@ def test_bad_settings_are_refused():
     with raises(SettingError, "'skip'; expected"), replay.replay(plan, invalid="skip"):
         pass
     block = replay.replay(plan, required_N=torch.ones(2, dtype=torch.bool))
-    with raises(RoutingError, r"required_N has shape \(2,\); expected \[3\]"), block:
+    with (
+        raises(RoutingError, r"required_N is torch.bool of shape \(2,\); expected bool \[3\]"),
+        block,
+    ):
         pass
 
 
@@ -409,3 +414,66 @@ def test_several_passes_are_laid_end_to_end():
     with replay.record() as nothing:
         pass
     assert len(nothing) == 0
+
+
+def test_routers_that_were_replaced_are_told():
+    """They were neither noted nor forced, without a word."""
+    model = tiny("qwen3_moe")
+    replay = RoutingReplay(model)
+    model.model.layers[1].mlp.gate = copy.deepcopy(model.model.layers[1].mlp.gate)
+    for block in (replay.record(), replay.replay(random_plan(replay, 21))):
+        with raises(RoutingError, r"layers\.1\.mlp\.gate is another module"), block:
+            pass
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_experts": 16}, {"num_hidden_layers": 3}, {"num_experts_per_tok": 3}]
+)
+def test_a_plan_of_another_model_is_refused(changes):
+    other = RoutingReplay(tiny("qwen3_moe", **changes))
+    plan = other.prefetch(random_plan(other, 21))
+    block = RoutingReplay(tiny("qwen3_moe")).replay(plan)
+    with raises(RoutingError, "was it recorded with this model"), block:
+        pass
+    moved = RoutingReplay(tiny("qwen3_moe").to("meta"))
+    own = RoutingReplay(tiny("qwen3_moe"))
+    with raises(RoutingError, "call prefetch"), moved.replay(own.prefetch(random_plan(own, 21))):
+        pass
+
+
+def test_copies_of_a_model_made_inside_a_block_are_free():
+    model, input_ids = tiny("qwen3_moe"), token_batch()
+    free = model(input_ids).logits
+    replay = RoutingReplay(model)
+    plan = random_plan(replay, 21)
+    with replay.replay(plan):
+        forced = model(input_ids).logits
+        twin = copy.deepcopy(model)
+        with raises(RoutingError, "can't be pickled while"):
+            pickle.dumps(model)
+    assert torch.equal(twin(input_ids).logits, free)
+    assert twin.model.layers[0].mlp.gate.forward.__self__ is twin.model.layers[0].mlp.gate
+    both = copy.deepcopy({"model": model, "replay": replay})
+    with both["replay"].replay(plan):
+        assert torch.equal(both["model"](input_ids).logits, forced)
+        assert torch.equal(model(input_ids).logits, free)
+
+
+def test_a_plan_fetched_in_inference_mode_serves_a_backward_pass():
+    model = tiny("qwen3_moe")
+    replay = RoutingReplay(model)
+    with torch.inference_mode():
+        plan = replay.prefetch(with_holes(random_plan(replay, 21), every=4))
+    with replay.replay(plan, "drop"):
+        weighted(model(token_batch()).logits).backward()
+
+
+def test_what_is_no_tape_or_no_model_is_refused():
+    replay = RoutingReplay(tiny("qwen3_moe"))
+    with raises(RoutingError, "got Tensor; expected a RoutingTape"), replay.replay(torch.zeros(1)):
+        pass
+    whole = replay.replay(random_plan(replay, 21), required_N=torch.ones(21, dtype=torch.int64))
+    with raises(RoutingError, "required_N is torch.int64"), whole:
+        pass
+    with raises(UnsupportedModelError, "got list"):
+        RoutingReplay([])
