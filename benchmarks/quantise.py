@@ -2,7 +2,10 @@
 
     python benchmarks/quantise.py --commit $(git rev-parse --short HEAD)
 
-Bytes are what has to move once: 2 read an element of bf16, 1 written for its code, 4 for a scale.
+Bytes are what has to move once: 2 read an element of bf16, 1 written for its code, 4 for a scale. A
+pair is the codes of a matrix and of its transpose, so 2 read and 2 written; who reads twice for it
+is not paid for that. INT4 has groups of 32 with scales of 2 bytes: fake-quantised weights are 2
+read and 2 written, codes 1 written, packed codes a half.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from miles.precision import BlockFP8, quantize
-from miles.precision._fp8_triton import encode
+from miles.precision import BlockFP8, Int4, _int4, _int4_triton, fake_quantize, quantize
+from miles.precision._fp8_triton import encode, encode_pair
+from miles.precision.quantize import quantize_pair
 
 try:
     from torchao.prototype.blockwise_fp8_training import kernels as torchao
@@ -36,6 +40,8 @@ class Config:
     """What is measured."""
     repeats: int = 50
     """Timed calls of each kernel, in turns."""
+    compiled: bool = False
+    """Whether torch.compile of the plain INT4 formula takes part; it takes a while to compile."""
     out: Path = Path("benchmarks/results/quantise.csv")
     """The CSV, written anew."""
 
@@ -57,30 +63,76 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def kernels(x: torch.Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+Kernels = dict[str, tuple[Callable[[], object], int]]
+
+
+def fp8(x: torch.Tensor) -> Kernels:
     """Name to a call and its bytes."""
     m, k = x.shape
-    out = torch.empty_like(x)
-    moved = 3 * m * k
-    rows, squares = moved + 4 * m * k // 128, moved + 4 * m * k // 128**2
-    ue8m0 = BlockFP8(scale="ue8m0")
-    found: dict[str, tuple[Callable[[], object], int]] = {
-        "copy": (lambda: out.copy_(x), 4 * m * k),
-        "miles 1x128": (lambda: encode(x, BlockFP8(), "activation"), rows),
+    rows, squares = 3 * m * k + 4 * m * k // 128, 3 * m * k + 4 * m * k // 128**2
+    pair, square_pair = 4 * m * k + 8 * m * k // 128, 4 * m * k + 8 * m * k // 128**2
+    plain, ue8m0 = BlockFP8(), BlockFP8(scale="ue8m0")
+    found: Kernels = {
+        "miles 1x128": (lambda: encode(x, plain, "activation"), rows),
         "miles 1x128 ue8m0": (lambda: encode(x, ue8m0, "activation"), rows),
-        "miles 128x128": (lambda: encode(x, BlockFP8(), "weight"), squares),
-        "miles quantize() 1x128, checked": (
-            lambda: quantize(x, BlockFP8(), role="activation"),
-            rows,
+        "miles 128x128": (lambda: encode(x, plain, "weight"), squares),
+        "miles quantize() 1x128, checked": (lambda: quantize(x, plain, role="activation"), rows),
+        "miles pair 1x128": (lambda: encode_pair(x, plain, "activation"), pair),
+        "miles pair 1x128 ue8m0": (lambda: encode_pair(x, ue8m0, "activation"), pair),
+        "miles pair 128x128": (lambda: encode_pair(x, plain, "weight"), square_pair),
+        "miles quantize_pair() 1x128, checked": (
+            lambda: quantize_pair(x, plain, role="activation"),
+            pair,
         ),
     }
     if torchao is not None:
-        found["torchao 1x128"] = (lambda: torchao.triton_fp8_blockwise_act_quant_lhs(x), rows)
-        found["torchao 128x128"] = (
-            lambda: torchao.triton_fp8_blockwise_weight_quant_rhs(x),
-            squares,
-        )
+        one = torchao.triton_fp8_blockwise_act_quant_lhs
+        turned = torchao.triton_fp8_blockwise_act_quant_transposed_lhs
+        square = torchao.triton_fp8_blockwise_weight_quant_rhs
+        square_turned = torchao.triton_fp8_blockwise_weight_quant_transposed_rhs
+        found |= {
+            "torchao 1x128": (lambda: one(x), rows),
+            "torchao 1x128 transposed": (lambda: turned(x), rows),
+            "torchao 128x1": (lambda: torchao.triton_fp8_blockwise_act_quant_rhs(x), rows),
+            "torchao 128x128": (lambda: square(x), squares),
+            "torchao 128x128 transposed": (lambda: square_turned(x), squares),
+            "torchao pair 1x128, two kernels": (lambda: (one(x), turned(x)), pair),
+            "torchao pair 128x128, two kernels": (
+                lambda: (square(x), square_turned(x)),
+                square_pair,
+            ),
+        }
     return found
+
+
+def int4(x: torch.Tensor, compiled: bool) -> Kernels:
+    """Name to a call and its bytes."""
+    recipe, scales = Int4(), 2 * x.numel() // 32
+
+    def plain() -> torch.Tensor:
+        return _int4.decode(*_int4.encode(x, recipe), recipe, x.dtype)
+
+    fake = 4 * x.numel() + scales
+    found: Kernels = {
+        "miles fake_quantize() int4": (lambda: fake_quantize(x, recipe), fake),
+        "miles quantize() int4, checked": (lambda: quantize(x, recipe), 3 * x.numel() + scales),
+        "miles int4 codes": (lambda: _int4_triton.encode(x, recipe), 3 * x.numel() + scales),
+        "miles int4 packed": (
+            lambda: _int4_triton.encode_packed(x, recipe),
+            5 * x.numel() // 2 + scales,
+        ),
+        "plain PyTorch int4 fake-quantised": (plain, fake),
+    }
+    if compiled:
+        found["torch.compile int4 fake-quantised"] = (torch.compile(plain), fake)
+    return found
+
+
+def kernels(x: torch.Tensor, compiled: bool) -> Kernels:
+    """Name to a call and its bytes; first the copy that all are measured against."""
+    out = torch.empty_like(x)
+    copy: Kernels = {"copy": (lambda: out.copy_(x), 4 * x.numel())}
+    return copy | fp8(x) | int4(x, compiled)
 
 
 def main(config: Config) -> None:
@@ -96,7 +148,7 @@ def main(config: Config) -> None:
         writer.writeheader()
         for shape in ((4096, 7168), (16384, 7168), (32768, 16384)):
             x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            found = kernels(x)
+            found = kernels(x, config.compiled)
             times = medians({name: call for name, (call, _) in found.items()}, config.repeats)
             copied = found["copy"][1] / times["copy"]
             for name, (_, count) in found.items():

@@ -125,13 +125,13 @@ def load_model(config: Config, folder: str, dtype: torch.dtype = torch.bfloat16)
 
 
 @contextlib.contextmanager
-def sglang(config: Config, folder: str) -> Iterator[str]:
+def sglang(config: Any, folder: str, *flags: str) -> Iterator[str]:
     """The address of a server that has answered once; it is gone when the block ends."""
     command = [
         sys.executable, "-m", "sglang.launch_server", "--model-path", folder,
         "--skip-tokenizer-init", "--attention-backend", "triton", "--sampling-backend", "pytorch",
-        "--grammar-backend", "none", "--disable-cuda-graph", "--enable-return-routed-experts",
-        "--mem-fraction-static", "0.3", "--port", str(config.port),
+        "--grammar-backend", "none", "--disable-cuda-graph", "--mem-fraction-static", "0.3",
+        "--port", str(config.port), *flags,
     ]  # fmt: skip
     if config.server_site:
         site = Path(config.server_site).expanduser().resolve()
@@ -144,7 +144,8 @@ def sglang(config: Config, folder: str) -> Iterator[str]:
     try:
         wait_for(server, f"{url}/get_server_info", config.server_seconds)
         say("the server is up")
-        ask(url, request([1, 2, 3], 4), timeout=config.server_seconds)
+        body = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}
+        ask(url, body, timeout=config.server_seconds)
         say("and has answered")
         yield url
     except BaseException:
@@ -198,7 +199,8 @@ def ask(url: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:
 
 
 def from_sglang(config: Config, folder: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    with sglang(config, folder) as url, ThreadPoolExecutor(len(prompts)) as pool:
+    flag = "--enable-return-routed-experts"
+    with sglang(config, folder, flag) as url, ThreadPoolExecutor(len(prompts)) as pool:
         bodies = [request(prompt, config.answer_tokens) for prompt in prompts]
         answers = [pool.submit(ask, url, body, timeout=config.server_seconds) for body in bodies]
         return [answer.result() for answer in answers]
@@ -295,7 +297,7 @@ def summary(gap: Tensor, equal_NM: Tensor) -> dict[str, Any]:
     }
 
 
-def sglang_version(config: Config) -> str:
+def sglang_version(config: Any) -> str:
     found = sorted(Path(config.server_site).expanduser().glob("sglang-*.dist-info"))
     return found[0].name.removesuffix(".dist-info") if found else "sglang"
 

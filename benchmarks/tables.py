@@ -13,6 +13,8 @@ from pathlib import Path
 
 from router_table import refused_routers, router_families
 
+from miles.precision.memory import BUILT_IN, RECIPES, engine_bytes, trainer_bytes, weights_of
+
 HERE = Path(__file__).parent
 
 
@@ -70,6 +72,104 @@ def losses_of_heads() -> str:
             ours[key] = ms
         cells = [*key, row["library"], f"{ms:,.0f}", f"{ms / ours[key]:.3g}", row["peak_mib"]]
         cells.append(f"{row['loss_gap']}, {row['gradient_gap']}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def quantise() -> str:
+    """GB/s of each quantise kernel, and the share of a copy's in the same run."""
+    times: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows("quantise"):
+        key = (f"{row['device']}, {row['date']}", row["kernel"])
+        cell = f"{int(row['gb_s']):,} ({float(row['of_copy']):.0%})"
+        times.setdefault(key, {})[row["shape"]] = cell
+    shapes = list(dict.fromkeys(row["shape"] for row in rows("quantise")))
+    lines = [
+        "| hardware, date | kernel | " + " | ".join(shapes) + " |",
+        "|---|---|" + "---|" * len(shapes),
+    ]
+    for key, cells in times.items():
+        found = (cells.get(shape, "") for shape in shapes)
+        lines.append(f"| {' | '.join([*key, *found])} |")
+    return "\n".join(lines)
+
+
+def quantisers() -> str:
+    """What other block-FP8 quantisers change of ours, and what their floors leave of gradients."""
+    sigmas = ("1e-04", "1e-06", "1e-07", "1e-08", "1e-09")
+    lines = [
+        "| quantiser | scales | codes that differ | scales that differ | bf16 values that differ"
+        " | block of zeros | " + " | ".join(f"{float(s):.0e}" for s in sigmas) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(sigmas),
+    ]
+    for row in rows("quantisers"):
+        if row["data"] != "normal":
+            continue
+        cells = [f"{row['quantiser']}, {row['origin']}", row["scale"]]
+        for key in ("codes", "scales", "dequantised"):
+            share = float(row[key])
+            cells.append(f"{100 * share:.2g} %" if share else "0")
+        codes = "NaN" if row["zero_codes"] == "nan" else row["zero_codes"]
+        cells.append(f"scale {row['zero_scale']}, codes {codes}")
+        cells += [row[f"snr_{sigma}"] for sigma in sigmas]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def int4_rules() -> str:
+    """How far rules of INT4 agree with themselves, on normal and on heavy-tailed weights."""
+    lines = [
+        "| rules | trainer and checkpoint differ | changed by rounding again | error, times ours |",
+        "|---|---|---|---|",
+    ]
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows("int4_rules"):
+        found.setdefault(row["rules"], []).append(row)
+    for name, both in found.items():
+        cells = [name]
+        for key in ("trainer_checkpoint", "rounded_again"):
+            shares = [float(row[key]) for row in both]
+            cells.append("; ".join(f"{100 * share:.2g} %" if share else "0" for share in shares))
+        cells.append("; ".join(f"{float(row['error']):.2f}" for row in both))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# GB of INT4 weights; where there is none, what the usual factor makes of bf16.
+IN_CIRCULATION = {"llama-3.1-70b": 45.0, "qwen3-235b-a22b": 150.0, "deepseek-v3": 420.0}
+USUAL_FACTOR = 3.1
+
+
+def memory() -> str:
+    """GB of each built-in model, for an engine and for a trainer, beside figures in circulation."""
+    lines = [
+        "| model | parameters | bf16 | FP8 | INT4, all | INT4, experts only | in circulation |"
+        " trainer, bf16 | trainer, FP8 or INT4 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in BUILT_IN:
+        weights = weights_of(model)
+        engine = {
+            (name, scope): sum(engine_bytes(weights, RECIPES[name], scope=scope).values()) / 1e9
+            for name in ("bf16", "fp8", "int4")
+            for scope in ("all", "experts")
+        }
+        trainer = [sum(trainer_bytes(weights, RECIPES[r]).values()) / 1e9 for r in ("bf16", "int4")]
+        plain, whole = engine["bf16", "all"], engine["int4", "all"]
+        has_experts = any(weight.kind == "experts" for weight in weights)
+        ours = engine["int4", "experts"] if has_experts else whole
+        known = IN_CIRCULATION.get(model, plain / USUAL_FACTOR)
+        cells = [
+            model,
+            f"{sum(weight.numel for weight in weights) / 1e9:,.1f} B",
+            f"{plain:,.0f}",
+            f"{engine['fp8', 'all']:,.0f} ({plain / engine['fp8', 'all']:.2f}x)",
+            f"{whole:,.0f} ({plain / whole:.2f}x)",
+            f"{ours:,.0f} ({plain / ours:.2f}x)" if has_experts else "",
+            f"{known:,.0f} ({known / ours - 1:+.0%})",
+            f"{trainer[0]:,.0f}",
+            f"{trainer[1]:,.0f} ({trainer[0] / trainer[1]:.2f}x)",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -133,15 +233,20 @@ def routing_sglang() -> str:
 
 TABLES = {
     "engine_throughput": engine_throughput,
+    "int4_rules": int4_rules,
     "losses": losses,
     "losses_of_heads": losses_of_heads,
+    "memory": memory,
+    "quantise": quantise,
+    "quantisers": quantisers,
     "refused_routers": refused_routers,
     "router_families": router_families,
     "routing": routing,
     "routing_bytes": routing_bytes,
     "routing_sglang": routing_sglang,
 }
-FILES = [HERE.parent / path for path in ("README.md", "docs/losses.md", "docs/moe.md")]
+PAGES = ("README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md")
+FILES = [HERE.parent / path for path in PAGES]
 
 
 def fill(text: str) -> str:

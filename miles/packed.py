@@ -19,6 +19,9 @@ from miles.errors import DtypeError, EmptyBatchError, SettingError, ShapeError
 
 __all__ = ["Denominators", "Packed", "count", "pack", "unpack"]
 
+MAX_GROUPS = 2**24
+"""Group ids of a step are below it, since the counts of groups are dense (128 MiB there)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
@@ -30,12 +33,13 @@ class Packed:
         seq_ids_T: int64, sequence of each token, in `0..num_seqs-1`, in any order.
         mask_T: bool, trainable tokens.
         num_seqs: S, the same on every rank of `seq_group`.
-        group_ids_S: int64, prompt group of each sequence, in `0..G-1` over the whole step.
+        group_ids_S: int64, prompt group of each sequence, in `0..G-1` over the whole step, the same
+            number for the same prompt on every rank; `count` takes ids below 2^24.
         positions_T: int64, index of a token within its sequence.
         seq_group: ranks that hold parts of the same sequences (context parallel).
 
     Raises:
-        ShapeError, DtypeError: tensors that do not fit together.
+        ShapeError, DtypeError: tensors that do not fit together, or what is no tensor.
         SettingError: ids out of range (looked for on CPU tensors only, to spare the GPU a stall).
 
     Example:
@@ -83,6 +87,7 @@ class Packed:
         seq_group: ProcessGroup | None = None,
     ) -> Self:
         """A padded batch, every position kept: `x_BL.flatten()` is `x_T`."""
+        check_tensors(mask_BL=mask_BL)
         if mask_BL.ndim != 2:
             raise ShapeError(f"mask_BL has shape {tuple(mask_BL.shape)}; expected [B, L]")
         B, L = mask_BL.shape
@@ -106,6 +111,7 @@ class Packed:
         seq_group: ProcessGroup | None = None,
     ) -> Self:
         """Sequences end to end; `cu_seqlens_S1` is `[0, n0, n0 + n1, ...]`."""
+        check_tensors(cu_seqlens_S1=cu_seqlens_S1, mask_T=mask_T)
         if cu_seqlens_S1.ndim != 1 or cu_seqlens_S1.shape[0] < 1:
             raise ShapeError(
                 f"cu_seqlens_S1 has shape {tuple(cu_seqlens_S1.shape)}; expected [S + 1], "
@@ -168,6 +174,7 @@ class Packed:
         >>> packed.per_token(torch.tensor([5., 7.])).tolist()
         [5.0, 7.0, 7.0]
         """
+        _check_device(self.seq_ids_T, values_S=values_S)
         if values_S.shape != (self.num_seqs,):
             raise ShapeError(
                 f"values_S has shape {tuple(values_S.shape)}; expected [{self.num_seqs}], "
@@ -190,7 +197,13 @@ class Packed:
         return sums_S.to(values_T.dtype) if values_T.is_floating_point() else sums_S.to(torch.int64)
 
     def check(self, **tensors: Tensor) -> None:
-        """Raise `ShapeError` unless every tensor, given by name, is `[T]`."""
+        """Raise unless every tensor, given by name, is `[T]` and on the device of the mask.
+
+        Raises:
+            ShapeError, DtypeError: another shape, or no tensor at all.
+            SettingError: another device.
+        """
+        _check_device(self.mask_T, **tensors)
         for name, tensor in tensors.items():
             if tensor.shape != self.mask_T.shape:
                 raise ShapeError(
@@ -212,7 +225,18 @@ class Denominators:
     group_tokens_G: Tensor | None
     """int64 `[G]`: trainable tokens of each group; None without group ids."""
     counted_keep: bool
-    """Whether rejected tokens were left out of the counts."""
+    """Whether rejected tokens were left out of the counts, which may then all be 0."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy whose tensors are on `device`."""
+        group_tokens_G = self.group_tokens_G
+        return replace(
+            self,
+            num_tokens=self.num_tokens.to(device),
+            num_seqs=self.num_seqs.to(device),
+            num_groups=None if self.num_groups is None else self.num_groups.to(device),
+            group_tokens_G=None if group_tokens_G is None else group_tokens_G.to(device),
+        )
 
 
 def count(
@@ -225,11 +249,13 @@ def count(
 
     Args:
         packed: the micro-batches of this rank. A sequence lies in one of them.
-        keep_T: bool `[T]` for each; tokens that a correction rejected are then not counted.
+        keep_T: bool `[T]` for each; tokens that a correction rejected are then not counted. Where
+            it leaves nothing of the step, all counts are 0 and every `aggregate` is 0 too.
         group: data-parallel ranks. Ranks that share sequences are `Packed.seq_group`, not here.
 
     Raises:
-        EmptyBatchError: no micro-batch here, or no trainable token on any rank.
+        EmptyBatchError: no micro-batch here, or, without `keep_T`, no trainable token on any rank.
+        SettingError: a group id of 2^24 or more.
 
     Example:
         >>> mask_BL = torch.tensor([[True, True], [True, False]])
@@ -258,9 +284,9 @@ def count(
     ).sum(0)
     if group is not None:
         dist.all_reduce(totals, group=group)
-    if totals[0] == 0:
+    if keep_T is None and totals[0] == 0:
         raise EmptyBatchError(
-            "the step has no trainable token on any rank; skip it, or look at mask_T and keep_T"
+            "the step has no trainable token on any rank; skip it, or look at mask_T"
         )
     group_tokens_G = _group_tokens(parts, tokens_per_part, group) if with_groups else None
     return Denominators(
@@ -285,10 +311,16 @@ def _group_tokens(
 ) -> Tensor:
     ids = torch.cat([part.group_ids_S for part in parts if part.group_ids_S is not None])
     tokens = torch.cat(list(tokens_per_part))
-    num_groups = ids.max() + 1 if ids.numel() else ids.new_zeros(())
+    largest = ids.max() if ids.numel() else ids.new_tensor(-1)
     if group is not None:
-        dist.all_reduce(num_groups, op=dist.ReduceOp.MAX, group=group)
-    group_tokens_G = tokens.new_zeros(int(num_groups)).index_add(0, ids, tokens)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    num_groups = int(largest) + 1
+    if num_groups > MAX_GROUPS:
+        raise SettingError(
+            f"group_ids_S holds {num_groups - 1}; expected ids below {MAX_GROUPS}; number the "
+            "prompts of a step 0, 1, 2, ..., the same on every rank"
+        )
+    group_tokens_G = tokens.new_zeros(num_groups).index_add(0, ids, tokens)
     if group is not None:
         dist.all_reduce(group_tokens_G, group=group)
     return group_tokens_G
@@ -362,7 +394,27 @@ def _cat_if_all(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
     return torch.cat(present)
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise `DtypeError` for what is no tensor, such as a list."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(
+                f"{name} is a {type(tensor).__name__}; expected a tensor; wrap it in torch.tensor"
+            )
+
+
+def _check_device(expected: Tensor, **tensors: Tensor) -> None:
+    check_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.device != expected.device:
+            raise SettingError(
+                f"{name} is on {tensor.device}; expected {expected.device}, where the packed batch "
+                f'is; move it with .to("{expected.device}")'
+            )
+
+
 def _check_1d(name: str, tensor: Tensor, dtype: torch.dtype, length: int | None) -> None:
+    check_tensors(**{name: tensor})
     if tensor.ndim != 1 or (length is not None and tensor.shape[0] != length):
         expected = "1-D" if length is None else f"[{length}]"
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")

@@ -1,4 +1,7 @@
-"""Every preset as a function of one micro-batch, for the tests of splits and of ranks."""
+"""Every preset as a function of one micro-batch, for the tests of splits and of ranks.
+
+Denominators that were counted with a `keep_T` mean `count_rejected=False`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +28,7 @@ def _plain(name: str, **settings: Any) -> Runner:
     def run(new_T, part, denominators, _, correction):
         return getattr(presets, name)(
             new_T, part.old_T, part.advantages_T, part.packed, denominators,
-            correction=correction, **settings,
+            correction=correction, count_rejected=not denominators.counted_keep, **settings,
         )  # fmt: skip
 
     return run
@@ -42,6 +45,7 @@ def _ppo(new_T, part, denominators, _, correction):
     return presets.ppo(
         new_T, part.old_T, part.advantages_T, part.packed, denominators, correction=correction,
         values_T=new_T, old_values_T=part.old_T, returns_T=part.ref_T, dual_clip=3.0,
+        count_rejected=not denominators.counted_keep,
     )  # fmt: skip
 
 
@@ -49,17 +53,22 @@ def _vapo(new_T, part, denominators, right, correction):
     return presets.vapo(
         new_T, part.old_T, part.advantages_T, part.packed, denominators, correction=correction,
         right_S=part.packed.group_ids_S % 4 == 0, right_denominators=right,
+        count_rejected=not denominators.counted_keep,
     )  # fmt: skip
 
 
 def _rloo(new_T, part, denominators, _, correction):
-    return presets.rloo(new_T, part.advantages_T, part.packed, denominators, correction=correction)
+    return presets.rloo(
+        new_T, part.advantages_T, part.packed, denominators, correction=correction,
+        count_rejected=not denominators.counted_keep,
+    )  # fmt: skip
 
 
 def _distillation(new_T, part, denominators, _, correction):
     return presets.on_policy_distillation(
-        new_T, part.ref_T, part.packed, denominators, correction=correction
-    )
+        new_T, part.ref_T, part.packed, denominators, correction=correction,
+        count_rejected=not denominators.counted_keep,
+    )  # fmt: skip
 
 
 RUNNERS: dict[str, Runner] = {

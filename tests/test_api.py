@@ -178,9 +178,13 @@ PARAMETERS = {
     "miles.Packed.from_cu_seqlens": "cu_seqlens_S1 mask_T group_ids_S * seq_group",
     "miles.Packed.to": "self device",
     "miles.Denominators": "* num_tokens num_seqs num_groups group_tokens_G counted_keep",
+    "miles.Denominators.to": "self device",
     "miles.count": "packed * keep_T group",
     "miles.losses.ArgMax": "largest sequence position",
     "miles.losses.Correction": "weights_T keep_T metrics",
+    "miles.losses.Correction.only": "keep_T",
+    "miles.losses.Correction.split": "self lengths",
+    "miles.losses.Correction.to": "self device",
     "miles.losses.CovarianceStatistics": (
         "* mean_advantage mean_logprob threshold tie_limit draw_limit cov_min cov_max seed"
     ),

@@ -225,7 +225,6 @@ def bad_inputs():
     yield EmptyBatchError, "no micro-batch", "at least one", lambda: count([])
     yield SettingError, "some do not", "all or none", lambda: count([plain, grouped])
     yield EmptyBatchError, "no trainable token", "mask_T", lambda: count(nothing)
-    yield EmptyBatchError, "no trainable", "keep_T", lambda: count(plain, keep_T=~plain.mask_T)
     yield ShapeError, "1 keep_T for 2", "one each", lambda: count([plain, plain], keep_T=mask)
     yield ShapeError, "keep_T has shape (2,)", "3", lambda: count(plain, keep_T=mask[:2])
     yield DtypeError, "keep_T is torch.float32", "bool", lambda: count(plain, keep_T=mask.float())

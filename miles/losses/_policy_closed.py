@@ -74,17 +74,22 @@ def closed_form(
     """
     dtype = torch.promote_types(logprobs_T.dtype, old_T.dtype)
     dtype = torch.promote_types(dtype, advantages_T.dtype)
+    if ref_T is not None:
+        dtype = torch.promote_types(dtype, ref_T.dtype)
     trained_T = _as_bits(mask_T, dtype) if in_cache else mask_T
     ratio_T = _only(trained_T, (logprobs_T - old_T).to(dtype).exp())
     minus_A_T = _only(trained_T, -advantages_T.to(dtype))
     negative_T = minus_A_T > 0
     low_T, high_T = negative_T & (ratio_T < ratio_min), (minus_A_T < 0) & (ratio_T > ratio_max)
     clipped_T = low_T | high_T
-    # fmax: an infinite ratio times an advantage of 0 is no number, and the other side is 0.
-    loss_T = torch.fmax(ratio_T * minus_A_T, ratio_T.clamp(ratio_min, ratio_max) * minus_A_T)
+    bounded_T = ratio_T.masked_fill(low_T, ratio_min).masked_fill_(high_T, ratio_max)
     if dual_clip is not None:
-        loss_T = torch.minimum(loss_T, dual_clip * minus_A_T.clamp(min=0))
-        clipped_T |= negative_T & (ratio_T > dual_clip)
+        dual_T = negative_T & (ratio_T > dual_clip)
+        bounded_T.masked_fill_(dual_T, dual_clip)
+        clipped_T |= dual_T
+    # Even an infinite ratio times an advantage of 0 is 0, but a NaN stays one.
+    nothing_T = (minus_A_T == 0) & (ratio_T == ratio_T)
+    loss_T = (bounded_T * minus_A_T).masked_fill_(nothing_T, 0)
 
     active_T = trained_T
     if keep_T is not None:

@@ -6,7 +6,7 @@ Shapes: T tokens, S sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,20 +150,21 @@ def rule_name(rule: Rule) -> str:
 
 
 def check_rules(
-    reject: Sequence[Rule],
+    reject: Iterable[Rule],
     advantages_T: Tensor | None,
     versions_T: Tensor | None,
     current_version: int | None,
-) -> None:
-    """Raise for a rule without what it needs, and for versions that no rule uses."""
-    if isinstance(reject, Rule) or not all(isinstance(rule, Rule) for rule in reject):
+) -> tuple[Rule, ...]:
+    """The rules, once it is sure that each has what it needs and that versions have a rule."""
+    rules = tuple(reject) if isinstance(reject, Iterable) else (None,)
+    if not all(isinstance(rule, Rule) for rule in rules):
         raise SettingError(
             f"reject is {reject!r}; expected a list of Reject, OffPolicyNegative and MaxStaleness"
         )
-    if advantages_T is None and any(isinstance(rule, OffPolicyNegative) for rule in reject):
+    if advantages_T is None and any(isinstance(rule, OffPolicyNegative) for rule in rules):
         raise SettingError("OffPolicyNegative needs advantages_T; got None; give those of the step")
     given = {"versions_T": versions_T is not None, "current_version": current_version is not None}
-    used = any(isinstance(rule, MaxStaleness) for rule in reject)
+    used = any(isinstance(rule, MaxStaleness) for rule in rules)
     wrong = [name for name, is_given in given.items() if is_given != used]
     if wrong and used:
         raise SettingError(
@@ -174,6 +175,7 @@ def check_rules(
             f"{' and '.join(wrong)} without MaxStaleness in reject have no effect; add the rule "
             "or leave them out"
         )
+    return rules
 
 
 def kept_by(

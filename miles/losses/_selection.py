@@ -1,18 +1,19 @@
-"""Which tokens of a whole step are the largest, over every rank.
+"""What a whole step has in common, over every rank: its sums, its largest tokens, its errors.
 
 Shapes: N values of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from miles.errors import SettingError
+from miles.errors import MilesError, SettingError
 from miles.packed import Packed
 
 
@@ -27,6 +28,24 @@ def sum_over(values: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(total, group=group)
     return total
+
+
+@contextmanager
+def refused_together(groups: Sequence[ProcessGroup], device: torch.device) -> Iterator[None]:
+    """Raise on every rank when one does, so that none waits for it in a collective."""
+    error: MilesError | None = None
+    try:
+        yield
+    except MilesError as refused:
+        error = refused
+    num_refused = sum_over(torch.tensor(int(error is not None), device=device), groups)
+    if error is not None:
+        raise error
+    if groups and num_refused > 0:
+        raise SettingError(
+            "another rank refused its part of this step, for a reason that its own error tells; "
+            "expected usable input on every rank"
+        )
 
 
 def largest(values_N: Tensor, k: int, groups: Sequence[ProcessGroup]) -> Tensor:

@@ -102,13 +102,13 @@ def temperature_of_rows(
 ) -> Tensor:
     """The temperature of every row, `[T]`; 1 where the target is ignored.
 
-    What is not above 0 raises; in a tensor on a GPU it becomes NaN, to spare a stall.
+    What is no finite number above 0 raises; in a tensor on a GPU it becomes NaN, to spare a stall.
     """
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < torch.inf:
             raise SettingError(
-                f"temperature is {temperature}; expected a number above 0 (score greedy samples "
-                "at 1.0)"
+                f"temperature is {temperature!r}; expected a finite number above 0 (score greedy "
+                "samples at 1.0)"
             )
         return torch.full_like(targets_T, temperature, dtype=dtype)
     if temperature.ndim and temperature.shape != targets_T.shape:
@@ -121,11 +121,11 @@ def temperature_of_rows(
     ignored_T = targets_T == IGNORED
     rows_T = temperature.detach().to(targets_T.device, dtype).expand(targets_T.shape)
     rows_T = torch.where(ignored_T, 1, rows_T)
-    if rows_T.device.type == "cpu" and not bool((rows_T > 0).all()):
-        bad_T = ~(rows_T > 0)
+    bad_T = ~((rows_T > 0) & (rows_T < torch.inf))
+    if rows_T.device.type == "cpu" and bool(bad_T.any()):
         raise SettingError(
             f"temperature is {rows_T[bad_T][:8].tolist()} at tokens "
-            f"{bad_T.nonzero().flatten()[:8].tolist()}; expected numbers above 0 (score greedy "
-            "samples at 1.0)"
+            f"{bad_T.nonzero().flatten()[:8].tolist()}; expected finite numbers above 0 (score "
+            "greedy samples at 1.0)"
         )
-    return torch.where(rows_T > 0, rows_T, torch.nan)
+    return torch.where(bad_T, torch.nan, rows_T)

@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 
 from miles.errors import DtypeError, EmptyBatchError, NonFiniteError, SettingError, ShapeError
 from miles.losses._groups import Groups
-from miles.losses._selection import ranks_of_step, sum_over
+from miles.losses._selection import ranks_of_step, refused_together, sum_over
 from miles.losses.returns import check_spread, moments
-from miles.packed import Packed
+from miles.packed import Packed, check_tensors
 
 __all__ = [
     "distill_advantages",
@@ -30,6 +30,8 @@ __all__ = [
 Baseline = Literal["mean", "leave_one_out", "length_weighted", "max_two", "none"]
 Scale = Literal["group_std", "batch_std", "group_mean", "none"]
 Singleton = Literal["zero", "raw", "error"]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @torch.no_grad()
@@ -48,13 +50,17 @@ def group_advantages(
     """`(reward - baseline) / (std + eps)` within prompt groups.
 
     GRPO is the default; Dr. GRPO has `scale="none"`; RLOO `baseline="leave_one_out",
-    scale="none"`; OPO `baseline="length_weighted", scale="none"`; MaxRL `scale="group_mean"`. A
-    group of equal rewards gives exactly 0, whatever divides. Statistics are two-pass.
+    scale="none"`; OPO `baseline="length_weighted", scale="none"`; MaxRL `scale="group_mean"`.
+    Statistics are two-pass.
+
+    A group of equal rewards gives exactly 0, whatever divides. With `baseline="none"`, which
+    subtracts nothing, that holds where `scale` divides by a spread of the group (`group_std`,
+    `group_mean`) or of a batch that is equal throughout; else the raw rewards stay.
 
     Args:
         rewards_S: float `[S]`. NaN means "not scored": left out of the statistics, advantage 0.
-        group_ids_S: int64 `[S]`, any non-negative numbers; equal ids are one group. A group lies
-            on one rank.
+        group_ids_S: integer `[S]`, 0 or more, however large; equal ids are one group. A group lies
+            on one rank. (As `Packed.group_ids_S` they have to be below 2^24, see `count`.)
         baseline: the group's mean; the mean of a sample's siblings; the mean weighted by
             `lengths_S`; the second-best reward, where only the best sample gets an advantage and
             two equal best ones get 0 (`max_two`); or nothing.
@@ -66,13 +72,16 @@ def group_advantages(
         singleton: what a group with one scored sample gives when `baseline` or a `scale` of the
             group needs siblings: 0, the raw reward, or a `SettingError`.
         lengths_S: `[S]`, for `baseline="length_weighted"` alone: tokens of each response.
-        group: data-parallel ranks. A rank without sequences passes empty tensors.
+        group: data-parallel ranks. A rank without sequences passes empty tensors. What one rank
+            refuses, all refuse.
 
     Returns:
         `[S]`, in the dtype of the rewards.
 
     Raises:
+        ShapeError, DtypeError: tensors that do not fit together, or what is no tensor.
         NonFiniteError: an infinite reward.
+        SettingError: a negative id.
         EmptyBatchError: no sequence at all, and no `group`.
 
     References:
@@ -86,8 +95,10 @@ def group_advantages(
     """
     _check_choices(baseline, scale, singleton)
     check_spread(ddof, eps)
-    low, high, finite = _check_rewards(rewards_S, group_ids_S, group)
-    _check_lengths(lengths_S, rewards_S, baseline)
+    check_tensors(rewards_S=rewards_S, group_ids_S=group_ids_S)
+    with refused_together([] if group is None else [group], rewards_S.device):
+        low, high, finite = _check_rewards(rewards_S, group_ids_S, group)
+        _check_lengths(lengths_S, rewards_S, baseline)
     settings = (baseline, scale, ddof, eps, singleton, group)
     if finite:
         groups = Groups(group_ids_S, low, high)
@@ -188,6 +199,7 @@ def passk_advantages(
         >>> passk_advantages(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([7, 7, 7]), k=2).tolist()
         [0.7071067690849304, -0.3535533845424652, -0.3535533845424652]
     """
+    check_tensors(rewards_S=rewards_S, group_ids_S=group_ids_S)
     low, high, _ = _check_rewards(rewards_S, group_ids_S, None)
     if not isinstance(k, int) or k < 1:
         raise SettingError(f"k is {k!r}; expected 1 or more, a whole number")
@@ -254,6 +266,7 @@ def multi_reward_advantages(
         >>> [round(a, 3) for a in advantages.tolist()]
         [0.299, 0.816, -1.115]
     """
+    check_tensors(rewards_SR=rewards_SR, group_ids_S=group_ids_S)
     if rewards_SR.ndim != 2 or rewards_SR.shape[1] == 0:
         raise ShapeError(f"rewards_SR has shape {tuple(rewards_SR.shape)}; expected [S, R]")
     if how not in ("normalize_then_sum", "sum_then_normalize"):
@@ -455,10 +468,15 @@ def _check_rewards(
             f"rewards_S has shape {tuple(rewards_S.shape)} and group_ids_S "
             f"{tuple(group_ids_S.shape)}; expected [S] for both"
         )
-    if not rewards_S.is_floating_point() or group_ids_S.is_floating_point():
+    if not rewards_S.is_floating_point() or group_ids_S.dtype not in _INTEGERS:
         raise DtypeError(
             f"rewards_S is {rewards_S.dtype} and group_ids_S {group_ids_S.dtype}; "
             "expected floating point and int64"
+        )
+    if rewards_S.device != group_ids_S.device:
+        raise SettingError(
+            f"group_ids_S is on {group_ids_S.device}; expected {rewards_S.device}, where the "
+            f'rewards are; move it with .to("{rewards_S.device}")'
         )
     if rewards_S.numel() == 0:
         if group is None:
@@ -467,6 +485,8 @@ def _check_rewards(
     # All in one wait for a GPU. A float64 holds every id that could pass for dense.
     ends = [end.to(torch.float64) for end in torch.aminmax(group_ids_S)]
     low, high, total = torch.stack([*ends, rewards_S.sum(dtype=torch.float64)]).tolist()
+    if low < 0:
+        raise SettingError(f"group_ids_S holds {int(low)}; expected ids of 0 or more")
     if math.isfinite(total):
         return int(low), int(high), True
     infinite_S = rewards_S.isinf()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
-from miles.packed import Denominators, Packed, tokens_per_sequence
+from miles.packed import Denominators, Packed, check_tensors, tokens_per_sequence
 
 __all__ = ["aggregate", "keep_untruncated", "token_weights"]
 
@@ -57,7 +57,8 @@ def aggregate(
         0-d, float32 (float64 for a float64 loss), differentiable.
 
     Raises:
-        DenominatorError: denominators counted another way than `mode` or `count_rejected` needs.
+        DenominatorError: denominators counted another way than `mode` or `count_rejected` needs,
+            or without any of these tokens, or on another device.
 
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, False]]))
@@ -122,10 +123,12 @@ def token_weights(
 def keep_untruncated(truncated_S: Tensor, packed: Packed) -> Tensor:
     """Leaves sequences that ran out of room out of the loss: DAPO's overlong filtering.
 
-    For `keep_T` of `count` and `aggregate`; `&` joins it with the `keep_T` of a correction. With
-    `count_rejected=False` and denominators counted with the same `keep_T`, loss and gradient are
-    those of a step without these sequences; with True, the rest keeps the weight that it has among
-    all of them. Their rewards still count in their groups' advantages; NaN takes them out there.
+    For `keep_T` of `count` and `aggregate`; `&` joins it with the `keep_T` of a correction, and
+    `Correction.only` makes one of it for a preset. With `count_rejected=False` and denominators
+    counted with the same `keep_T`, loss and gradient are those of a step without these sequences.
+    With True the rest keeps the weight that it has among all of them, and only the policy term
+    leaves the sequences out: KL, NLL and critic terms still train on them. Their rewards still
+    count in their groups' advantages; NaN takes them out there.
 
     Args:
         truncated_S: bool `[S]`, the same on every rank of `packed.seq_group`. Of samples as
@@ -152,6 +155,7 @@ def keep_untruncated(truncated_S: Tensor, packed: Packed) -> Tensor:
         >>> round(aggregate(loss, packed, count(packed), keep_T=keep).item(), 4)  # of 3 tokens
         1.3333
     """
+    check_tensors(truncated_S=truncated_S)
     if truncated_S.shape != (packed.num_seqs,):
         raise ShapeError(
             f"truncated_S has shape {tuple(truncated_S.shape)}; expected [{packed.num_seqs}], "
@@ -178,6 +182,11 @@ def factors(
 ) -> tuple[float, Tensor, Tensor | None]:
     """A token's coefficient is `factor / divisor`, an int64 0-d, times, in some modes, an `[S]`."""
     _check(denominators, mode, keep_T, count_rejected, constant, averaged_over)
+    if denominators.num_tokens.device != packed.mask_T.device:
+        raise DenominatorError(
+            f"the denominators are on {denominators.num_tokens.device}; expected "
+            f'{packed.mask_T.device}; move them with denominators.to("{packed.mask_T.device}")'
+        )
     if keep_T is not None:
         packed.check(keep_T=keep_T)
         if keep_T.dtype != torch.bool:
@@ -195,6 +204,8 @@ def factors(
         divisor = denominators.num_groups
     else:
         divisor = denominators.num_seqs
+    if denominators.counted_keep:
+        divisor = _of_what_is_left(divisor, packed, keep_T)
     factor = averaged_over / (constant or 1.0)
     if mode == "seq_mean_token_mean":
         tokens_S = tokens_per_sequence(packed, None if count_rejected else keep_T)
@@ -210,6 +221,17 @@ def factors(
     else:
         return factor, divisor, None
     return factor, divisor, 1 / tokens_S.clamp(min=1).to(torch.float64)
+
+
+def _of_what_is_left(divisor: Tensor, packed: Packed, keep_T: Tensor | None) -> Tensor:
+    """At least 1: a step whose tokens were all rejected gives 0 / 1."""
+    on_cpu = divisor.device.type == "cpu"
+    if on_cpu and keep_T is not None and divisor == 0 and bool((packed.mask_T & keep_T).any()):
+        raise DenominatorError(
+            "the denominators are 0, but keep_T keeps tokens here; expected those that "
+            "count(packed, keep_T=...) gave for the same keep_T"
+        )
+    return divisor.clamp(min=1)
 
 
 def _check(

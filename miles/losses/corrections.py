@@ -8,9 +8,9 @@ Shapes: T tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,9 @@ from miles.losses._rules import (
     rule_name,
     veto,
 )
+from miles.losses._selection import ranks_of_step, refused_together
 from miles.losses.metrics import Metrics, ess_over, max_over, mean_over
-from miles.packed import Packed, tokens_per_sequence
+from miles.packed import Packed, check_tensors, tokens_per_sequence
 
 __all__ = [
     "Correction",
@@ -74,6 +75,29 @@ class Correction:
         keeps = torch.split(self.keep_T, list(lengths))
         return [Correction(w_T, k_T, {}) for w_T, k_T in zip(weights, keeps, strict=True)]
 
+    @classmethod
+    def only(cls, keep_T: Tensor) -> Self:
+        """Trains on these tokens with a weight of 1, and on no others.
+
+        Args:
+            keep_T: bool `[T]`, such as from `keep_untruncated` or `entropy_quantile_mask`.
+
+        Raises:
+            DtypeError: not bool.
+
+        Example:
+            >>> Correction.only(torch.tensor([True, False])).weights_T.tolist()
+            [1.0, 0.0]
+        """
+        check_tensors(keep_T=keep_T)
+        if keep_T.dtype != torch.bool:
+            raise DtypeError(f"keep_T is {keep_T.dtype}; expected torch.bool")
+        return cls(keep_T.to(torch.float32), keep_T, {})
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy whose `[T]` tensors are on `device`; the metrics stay where they are."""
+        return replace(self, weights_T=self.weights_T.to(device), keep_T=self.keep_T.to(device))
+
 
 @torch.no_grad()
 def importance_weights(
@@ -82,7 +106,7 @@ def importance_weights(
     packed: Packed,
     *,
     weight: Weight | None,
-    reject: Sequence[Reject | OffPolicyNegative | MaxStaleness] = (),
+    reject: Iterable[Reject | OffPolicyNegative | MaxStaleness] = (),
     normalize: Literal["mean"] | None = None,
     group: ProcessGroup | None = None,
     advantages_T: Tensor | None = None,
@@ -109,7 +133,7 @@ def importance_weights(
         reject: each is applied; a token stays when all of them keep it.
         normalize: "mean" divides by the mean weight of the kept tokens (or sequences, for a
             sequence-level weight) of the whole step, then caps at `weight.high` again.
-        group: data-parallel ranks, for the normalisation.
+        group: data-parallel ranks, for the normalisation. What one rank refuses, all refuse.
         advantages_T: float `[T]`, for `OffPolicyNegative` and `correction/ess_advantage`.
         versions_T: int64 `[T]`, the weight version that sampled each token, for `MaxStaleness`;
             -1 means unknown, which no trainable token may be.
@@ -142,17 +166,18 @@ def importance_weights(
         old_logprobs_T=old_logprobs_T, rollout_logprobs_T=rollout_logprobs_T
     )
     _check_weight(weight, normalize)
-    check_rules(reject, advantages_T, versions_T, current_version)
-    evidence = {
-        "advantages_T": _checked_advantages(advantages_T, packed),
-        "versions_T": _checked_versions(versions_T, packed, current_version),
-    }
+    rules = check_rules(reject, advantages_T, versions_T, current_version)
     mask_T = packed.mask_T
     x_T = torch.where(mask_T, old_logprobs_T, 0) - torch.where(mask_T, rollout_logprobs_T, 0)
-    _refuse_nan(x_T, old_logprobs_T, packed)
+    with refused_together(ranks_of_step(packed, group), mask_T.device):
+        evidence = {
+            "advantages_T": _checked_advantages(advantages_T, packed),
+            "versions_T": _checked_versions(versions_T, packed, current_version),
+        }
+        _refuse_nan(x_T, old_logprobs_T, packed)
 
     kept: dict[str, Tensor] = {}
-    for rule in reject:
+    for rule in rules:
         kept_T = kept_by(rule, x_T, packed, current_version=current_version, **evidence)
         kept[_unused(rule_name(rule), kept)] = kept_T
     rho_T = torch.ones_like(x_T)
@@ -278,7 +303,7 @@ def interpolate_proximal(
         current_version: version of the policy in training.
 
     Returns:
-        `[T]` without gradient; 0 at masked positions.
+        `[T]` without gradient, float32 or float64; 0 at masked positions.
 
     Raises:
         SettingError: `proximal_version` above `current_version`, or a trainable token whose version
@@ -298,6 +323,9 @@ def interpolate_proximal(
         [-1.5, -2.0, -2.0]
     """
     packed.check(behave_logprobs_T=behave_logprobs_T, current_logprobs_T=current_logprobs_T)
+    behave_logprobs_T, current_logprobs_T = as_logprobs(
+        behave_logprobs_T=behave_logprobs_T, current_logprobs_T=current_logprobs_T
+    )
     if proximal_version > current_version:
         raise SettingError(
             f"proximal_version is {proximal_version}; expected current_version "
@@ -314,6 +342,21 @@ def interpolate_proximal(
     between_T = torch.where((a_T == 0) & ~current_T.isnan(), behave_T, between_T)
     between_T = torch.where((a_T == 1) & ~behave_T.isnan(), current_T, between_T)
     return torch.where(mask_T, between_T, 0)
+
+
+def for_policy_term(correction: Correction | None, count_rejected: bool) -> dict[str, Any]:
+    """What `aggregate` takes of a correction where the ratio to the engine counts."""
+    if correction is None:
+        return {"count_rejected": count_rejected}
+    weights = {"weights_T": correction.weights_T}
+    return weights | {"keep_T": correction.keep_T, "count_rejected": count_rejected}
+
+
+def for_other_terms(correction: Correction | None, count_rejected: bool) -> dict[str, Any]:
+    """The same for KL and critic terms: unweighted, and rejected tokens stay while they count."""
+    if count_rejected or correction is None:
+        return {"count_rejected": count_rejected}
+    return {"keep_T": correction.keep_T, "count_rejected": False}
 
 
 def _check_weight(weight: Weight | None, normalize: str | None) -> None:

@@ -20,6 +20,7 @@ from miles.losses._vocab import (
     temperature_of_rows,
     widen,
 )
+from miles.packed import check_tensors
 
 __all__ = ["token_logprobs"]
 
@@ -59,10 +60,11 @@ def token_logprobs(
         >>> token_logprobs(logits, torch.tensor([1, -100])).exp().tolist()
         [0.5, 1.0]
     """
-    if logits_TV.ndim != 2 or targets_T.shape != logits_TV.shape[:1]:
+    check_tensors(logits_TV=logits_TV, targets_T=targets_T)
+    if logits_TV.ndim != 2 or logits_TV.shape[1] == 0 or targets_T.shape != logits_TV.shape[:1]:
         raise ShapeError(
             f"logits_TV has shape {tuple(logits_TV.shape)} and targets_T "
-            f"{tuple(targets_T.shape)}; expected [T, V] and [T]"
+            f"{tuple(targets_T.shape)}; expected [T, V] and [T], V of 1 or more"
         )
     if not logits_TV.is_floating_point() or targets_T.dtype != torch.int64:
         raise DtypeError(

@@ -21,7 +21,7 @@ from miles.errors import MissingExtraError, SettingError
 from miles.losses._dtypes import as_logprobs
 from miles.losses._policy_closed import compiled, in_blocks, scaled_
 from miles.losses.aggregation import Mode, aggregate, factors
-from miles.losses.corrections import Correction
+from miles.losses.corrections import Correction, for_other_terms, for_policy_term
 from miles.losses.metrics import Max, Mean, Metrics, max_over, mean_over
 from miles.losses.ratios import log_ratio
 from miles.losses.regularizers import kl_penalty
@@ -64,17 +64,24 @@ def policy_loss(
         ratio_min, ratio_max, dual_clip: see `ppo_clip`; absolute ratios.
         correction: this micro-batch's part of a `Correction`; it weighs the policy term, not KL.
         count_rejected: see `aggregate`; with False, rejected tokens leave the KL term too.
-        ref_logprobs_T: float `[T]`, of the reference policy; with `kl_coef`.
-        kl_coef: factor of the k3 penalty.
+        ref_logprobs_T: float `[T]`, of the reference policy; for `kl_coef`, or for its reading.
+        kl_coef: factor of the k3 penalty, 0 or more; at 0, `kl/ref` is read and not trained on.
         backend: `reference`, the composition; `chunked`, the closed form by blocks that fit a
             CPU's cache; `compiled`, torch.compile of it, faster yet, but it needs a C++ compiler
             and its first call takes half a minute, so it has to be asked for; `triton`, one CUDA
-            kernel for float32; or `auto`: triton for float32 on CUDA where triton is installed,
-            chunked on a CPU, else reference. All but the reference can be differentiated once.
+            kernel for float32; or `auto`: triton on CUDA where triton is installed, the log-probs
+            are float32 and nothing else is float64, chunked on a CPU, else reference. All but the
+            reference can be differentiated once.
 
     Returns:
         The loss, and `ratio/mean`, `ratio/max`, `clip/low`, `clip/high` and, with a reference
-        policy, `kl/ref`.
+        policy, `kl/ref`. The loss is float64 if any of the log-probs or advantages are, else
+        float32.
+
+    Raises:
+        SettingError: inputs on several devices, bounds that look relative, a `kl_coef` below 0 or
+            without a reference.
+        ShapeError, DtypeError, DenominatorError: as `aggregate`.
 
     Example:
         >>> packed = Packed.from_padded(torch.tensor([[True, True], [True, False]]))
@@ -85,14 +92,11 @@ def policy_loss(
         >>> loss.item(), logprobs.grad.tolist()
         (-0.5, [-0.5, -0.5, 0.5, 0.0])
     """
-    if (ref_logprobs_T is None) != (kl_coef == 0.0):
-        raise SettingError(
-            f"got kl_coef={kl_coef} and {'no' if ref_logprobs_T is None else 'a'} ref_logprobs_T; "
-            "expected both or neither"
-        )
+    check_kl(ref_logprobs_T, kl_coef)
     packed.check(logprobs_T=logprobs_T, old_logprobs_T=old_logprobs_T, advantages_T=advantages_T)
     if ref_logprobs_T is not None:
         packed.check(ref_logprobs_T=ref_logprobs_T)
+        (ref_logprobs_T,) = as_logprobs(ref_logprobs_T=ref_logprobs_T)
     logprobs_T, old_logprobs_T = as_logprobs(
         logprobs_T=logprobs_T, old_logprobs_T=old_logprobs_T.detach()
     )
@@ -100,24 +104,25 @@ def policy_loss(
     keep_T = None if correction is None else correction.keep_T
     if weights_T is not None:
         packed.check(weights_T=weights_T)
-    chosen, _ = policy_loss_backend(logprobs_T, backend=backend)
+    others = [old_logprobs_T, advantages_T, weights_T, ref_logprobs_T]
+    wide = any(x is not None and x.dtype == torch.float64 for x in others)
+    chosen, _ = _choose(logprobs_T, backend, wide)
+    trained_ref_T = ref_logprobs_T if kl_coef else None
     if chosen == "reference" or not logprobs_T.numel():
         clip = ppo_clip(
             ratio_T := log_ratio(logprobs_T, old_logprobs_T, packed), advantages_T,
             ratio_min=ratio_min, ratio_max=ratio_max, dual_clip=dual_clip,
         )  # fmt: skip
         divide: Any = {"mode": mode, "constant": constant, "averaged_over": averaged_over}
-        rejection: Any = {"keep_T": keep_T, "count_rejected": count_rejected}
-        loss = aggregate(
-            clip.loss_T, packed, denominators, weights_T=weights_T, **rejection, **divide
-        )
+        policy_term = for_policy_term(correction, count_rejected)
+        loss = aggregate(clip.loss_T, packed, denominators, **policy_term, **divide)
         metrics = ratio_metrics(ratio_T, clip, packed.mask_T)
-        if ref_logprobs_T is not None:
-            kl_T = kl_penalty(logprobs_T, ref_logprobs_T, packed)
-            kept: Any = {} if count_rejected else rejection
-            loss = loss + kl_coef * aggregate(kl_T, packed, denominators, **kept, **divide)
+        if trained_ref_T is not None:
+            kl_T = kl_penalty(logprobs_T, trained_ref_T, packed)
+            kl_term = for_other_terms(correction, count_rejected)
+            loss = loss + kl_coef * aggregate(kl_T, packed, denominators, **kl_term, **divide)
             metrics["kl/ref"] = mean_over(kl_T, packed.mask_T)
-        return loss, metrics
+        return loss, metrics | _kl_reading(logprobs_T, ref_logprobs_T, packed, kl_coef)
     check_bounds(ratio_min, ratio_max, dual_clip)
     factor, divisor, per_sequence_S = factors(
         packed, denominators, mode=mode, keep_T=keep_T, count_rejected=count_rejected,
@@ -128,24 +133,32 @@ def policy_loss(
         run, old_T=old_logprobs_T, advantages_T=advantages_T.detach(),
         mask_T=packed.mask_T, seq_ids_T=packed.seq_ids_T, factor=factor,
         divisor=divisor, per_sequence_S=per_sequence_S, weights_T=weights_T, keep_T=keep_T,
-        ref_T=None if ref_logprobs_T is None else ref_logprobs_T.detach(), kl_coef=kl_coef,
+        ref_T=None if trained_ref_T is None else trained_ref_T.detach(), kl_coef=kl_coef,
         kl_rejected=count_rejected, ratio_min=ratio_min, ratio_max=ratio_max, dual_clip=dual_clip,
     )  # fmt: skip
     loss, totals = _GradientInForward.apply(logprobs_T, one_pass, scale_)
     _, tokens, ratio, low, high, kl, largest, *_ = totals.unbind()
     sums = {"ratio/mean": ratio, "clip/low": low, "clip/high": high}
-    if ref_logprobs_T is not None:
+    if trained_ref_T is not None:
         sums["kl/ref"] = kl
     means = {name: Mean(total, tokens) for name, total in sums.items()}
-    return loss, {**means, "ratio/max": Max(largest)}
+    metrics = {**means, "ratio/max": Max(largest)}
+    return loss, metrics | _kl_reading(logprobs_T, ref_logprobs_T, packed, kl_coef)
 
 
 def policy_loss_backend(logprobs_T: Tensor, *, backend: Backend = "auto") -> tuple[str, str]:
     """Which backend `policy_loss` takes for these log-probs, and why.
 
+    That is with the rest of its input at the same precision; float64 anywhere rules triton out.
+
     >>> policy_loss_backend(torch.zeros(3))
     ('chunked', 'the log-probs are float32 on cpu')
     """
+    return _choose(logprobs_T, backend, wide=False)
+
+
+def _choose(logprobs_T: Tensor, backend: Backend, wide: bool) -> tuple[str, str]:
+    """`policy_loss_backend`, where `wide` says that another input is float64."""
     backends = get_args(Backend)
     if backend not in backends:
         raise SettingError(f"backend is {backend!r}; expected one of {', '.join(backends)}")
@@ -153,7 +166,9 @@ def policy_loss_backend(logprobs_T: Tensor, *, backend: Backend = "auto") -> tup
         return backend, "asked for by name"
     device = logprobs_T.device.type
     why = f"the log-probs are {str(logprobs_T.dtype).removeprefix('torch.')} on {device}"
-    fits = device == "cuda" and logprobs_T.dtype == torch.float32
+    if wide:
+        why += " and another input is float64"
+    fits = device == "cuda" and logprobs_T.dtype == torch.float32 and not wide
     installed = importlib.util.find_spec("triton") is not None
     if backend == "triton":
         if not fits:
@@ -166,6 +181,26 @@ def policy_loss_backend(logprobs_T: Tensor, *, backend: Backend = "auto") -> tup
     if fits:
         why += ", and triton is not installed"
     return ("chunked" if device == "cpu" else "reference"), why
+
+
+def check_kl(ref_logprobs_T: Tensor | None, kl_coef: float) -> None:
+    """Refuse a KL coefficient that makes no penalty of a reference policy."""
+    if not 0 <= kl_coef < float("inf"):
+        raise SettingError(f"kl_coef is {kl_coef}; expected a finite number, 0 or more")
+    if kl_coef and ref_logprobs_T is None:
+        raise SettingError(
+            f"got kl_coef={kl_coef} and no ref_logprobs_T; expected both, or kl_coef=0.0"
+        )
+
+
+def _kl_reading(
+    logprobs_T: Tensor, ref_logprobs_T: Tensor | None, packed: Packed, kl_coef: float
+) -> Metrics:
+    """`kl/ref` where it is not trained on."""
+    if ref_logprobs_T is None or kl_coef:
+        return {}
+    kl_T = kl_penalty(logprobs_T.detach(), ref_logprobs_T, packed)
+    return {"kl/ref": mean_over(kl_T, packed.mask_T)}
 
 
 def ratio_metrics(log_ratio_T: Tensor, surrogate: Surrogate, mask_T: Tensor) -> Metrics:

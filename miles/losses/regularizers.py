@@ -1,5 +1,8 @@
 """What is minimised beside or instead of a policy gradient, unreduced, and where.
 
+All of it computes and returns float32 for bf16 and fp16 and float64 for float64; a gradient comes
+back in the dtype of its input.
+
 Shapes: T tokens, V vocabulary entries, K entries that a teacher reports.
 """
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from miles.errors import DtypeError, EmptyBatchError, NonFiniteError, SettingError, ShapeError
+from miles.losses._dtypes import as_logprobs, widened
 from miles.losses._selection import (
     check_share,
     largest,
@@ -70,8 +74,11 @@ def kl_penalty(
         ([0.5, 0.0], [0.5, 0.0])
     """
     packed.check(logprobs_T=logprobs_T, ref_logprobs_T=ref_logprobs_T)
+    logprobs_T, ref_logprobs_T = as_logprobs(
+        logprobs_T=logprobs_T, ref_logprobs_T=ref_logprobs_T.detach()
+    )
     new_T = torch.where(packed.mask_T, logprobs_T, 0)
-    d_T = new_T - torch.where(packed.mask_T, ref_logprobs_T.detach(), 0)
+    d_T = new_T - torch.where(packed.mask_T, ref_logprobs_T, 0)
     if value == "k1":
         value_T = d_T
     elif value == "k2":
@@ -121,9 +128,10 @@ def value_loss(
     if clip is not None and not clip > 0:
         raise SettingError(f"clip is {clip}; expected a number above 0, such as 0.2, or None")
     packed.check(values_T=values_T, old_values_T=old_values_T, returns_T=returns_T)
-    values_T = torch.where(packed.mask_T, values_T, 0)
-    old_T = torch.where(packed.mask_T, old_values_T.detach(), 0)
-    returns_T = torch.where(packed.mask_T, returns_T.detach(), 0)
+    values_T, old_T, returns_T = (
+        torch.where(packed.mask_T, widened(x_T), 0)
+        for x_T in (values_T, old_values_T.detach(), returns_T.detach())
+    )
     square_T = (values_T - returns_T) ** 2
     if clip is not None:
         near_T = values_T.clamp(old_T - clip, old_T + clip)
@@ -147,7 +155,7 @@ def nll(logprobs_T: Tensor, packed: Packed) -> Tensor:
         [1.5, 0.0]
     """
     packed.check(logprobs_T=logprobs_T)
-    return torch.where(packed.mask_T, -logprobs_T, 0)
+    return torch.where(packed.mask_T, -widened(logprobs_T), 0)
 
 
 def generalized_jsd(
@@ -191,8 +199,8 @@ def generalized_jsd(
         )
     if not 0 <= beta <= 1:
         raise SettingError(f"beta is {beta}; expected a number from 0 to 1")
-    if not temperature > 0:
-        raise SettingError(f"temperature is {temperature}; expected a number above 0")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise SettingError(f"temperature is {temperature!r}; expected a finite number above 0")
     student_TV = _log_softmax(student_logits_TV, packed, temperature)
     teacher_TV = _log_softmax(teacher_logits_TV.detach(), packed, temperature)
     if beta == 0:
@@ -200,7 +208,12 @@ def generalized_jsd(
     elif beta == 1:
         loss_T = _kl(student_TV, teacher_TV)
     else:
-        mixture_TV = torch.logaddexp(teacher_TV + math.log(beta), student_TV + math.log1p(-beta))
+        # Where both have -inf, no sum of theirs has a derivative; anything else counts 0 as well.
+        neither_TV = (teacher_TV == -torch.inf) & (student_TV == -torch.inf)
+        mixture_TV = torch.logaddexp(
+            teacher_TV.masked_fill(neither_TV, 0) + math.log(beta),
+            student_TV.masked_fill(neither_TV, 0) + math.log1p(-beta),
+        )
         loss_T = beta * _kl(teacher_TV, mixture_TV) + (1 - beta) * _kl(student_TV, mixture_TV)
     return torch.where(packed.mask_T, loss_T, 0)
 
@@ -222,7 +235,8 @@ def topk_distillation(
     Args:
         student_logits_TV: float `[T, V]`, carries the gradient.
         teacher_logprobs_TK: float `[T, K]`, over the teacher's whole vocabulary, detached here.
-            What they leave of 1 is taken to be at least the rounding of their dtype.
+            What they leave of 1 is taken to be at least the rounding of their dtype, or nothing
+            where that is all and the student has -inf for every other token.
         teacher_ids_TK: int64 `[T, K]`, distinct within a row, in `0..V-1`.
         packed: where the tokens live.
         kind: `forward_kl` or `reverse_kl`.
@@ -258,13 +272,17 @@ def topk_distillation(
         student_TK = student_TK - student_TK.logsumexp(-1, keepdim=True)
         teacher_TK = teacher_TK - teacher_TK.logsumexp(-1, keepdim=True)
     elif ids_TK.shape[1] < student_TV.shape[1]:
-        # not 1 - sum: that leaves nothing of a small rest, and the KL would be infinite
-        rest_T1 = student_TV.scatter(-1, ids_TK, -torch.inf).logsumexp(-1, keepdim=True)
-        student_TK = torch.cat([student_TK, rest_T1], -1)
+        student_rest_T1, whole_T1 = _rest_of(student_TV, ids_TK)
         covered_T1 = teacher_TK.logsumexp(-1, keepdim=True)
         rounding = torch.finfo(teacher_logprobs_TK.dtype).eps
-        rest_T1 = torch.log(-torch.expm1(covered_T1.clamp(max=-rounding)))
-        teacher_TK = torch.cat([teacher_TK, rest_T1], -1)
+        teacher_rest_T1 = torch.log(-torch.expm1(covered_T1.clamp(max=-rounding)))
+        # What the teacher leaves by its rounding alone is nothing if the student leaves nothing.
+        few = rounding * (2 + math.log(ids_TK.shape[1]))
+        nothing_T1 = whole_T1 & (covered_T1 >= -few)
+        student_TK = torch.cat([student_TK, student_rest_T1], -1)
+        teacher_TK = torch.cat(
+            [teacher_TK, teacher_rest_T1.masked_fill(nothing_T1, -torch.inf)], -1
+        )
     forward = kind == "forward_kl"
     kl_T = _kl(teacher_TK, student_TK) if forward else _kl(student_TK, teacher_TK)
     return torch.where(packed.mask_T, torch.where(repeated_T, torch.nan, kl_T), 0)
@@ -323,6 +341,15 @@ def _log_softmax(logits_TV: Tensor, packed: Packed, temperature: float) -> Tenso
     logits_TV = torch.where(packed.mask_T[:, None], logits_TV, 0)
     wide = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
     return torch.log_softmax(logits_TV.to(wide) / temperature, dim=-1)
+
+
+def _rest_of(logprobs_TV: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-mass outside the ids, `[T, 1]`, and whether that is nothing: then -inf, no gradient."""
+    # not 1 - sum: that leaves nothing of a small rest, and the KL would be infinite
+    outside_TV = logprobs_TV.scatter(-1, ids_TK, -torch.inf)
+    whole_T1 = (outside_TV == -torch.inf).all(-1, keepdim=True)
+    rest_T1 = outside_TV.masked_fill(whole_T1, 0).logsumexp(-1, keepdim=True)
+    return rest_T1.masked_fill(whole_T1, -torch.inf), whole_T1
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -56,10 +56,11 @@ def gmpo(
     log_ratio_T, advantages_T = trainable(
         packed, log_ratio_T=log_ratio_T, advantages_T=advantages_T.detach()
     )
+    nothing_T = torch.where(log_ratio_T.isnan(), log_ratio_T, 0)
     clipped_T = torch.where(
         advantages_T > 0,
         log_ratio_T.clamp(max=log_max),
-        torch.where(advantages_T < 0, log_ratio_T.clamp(min=log_min), log_ratio_T * 0),
+        torch.where(advantages_T < 0, log_ratio_T.clamp(min=log_min), nothing_T),
     )
     mean_S = packed.sum_per_sequence(clipped_T) / tokens_per_sequence(packed).clamp(min=1)
     return Surrogate(
@@ -124,4 +125,6 @@ def vespo(
     k_T = torch.where(negative_T, log_w_T.new_tensor(k_neg), log_w_T.new_tensor(k_pos))
     lam_T = torch.where(negative_T, log_w_T.new_tensor(lam_neg), log_w_T.new_tensor(lam_pos))
     phi_T = torch.exp(k_T * log_w_T - lam_T * torch.expm1(log_w_T))
-    return unclipped(-phi_T * advantages_T * logprobs_T)
+    phi_T = torch.where(log_w_T == torch.inf, 0, phi_T)  # its limit, for what would be inf - inf
+    nothing_T = (advantages_T == 0) & ~(phi_T + logprobs_T).isnan()
+    return unclipped(torch.where(nothing_T, 0, -phi_T * advantages_T * logprobs_T))

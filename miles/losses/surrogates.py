@@ -1,5 +1,8 @@
 """Policy-gradient surrogates, unreduced: what each token would like to be minimised.
 
+What takes log-probs computes and returns float32 for bf16 and fp16 and float64 for float64; a
+gradient comes back in the dtype of its input.
+
 Shapes: T tokens.
 """
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import SettingError, ShapeError
+from miles.losses._dtypes import widened
 from miles.packed import Packed
 
 __all__ = ["Surrogate", "cispo", "dppo", "dro", "ppo_clip", "reinforce", "sapo"]
@@ -37,6 +41,9 @@ def ppo_clip(
 ) -> Surrogate:
     """`max(-r A, -clamp(r, ratio_min, ratio_max) A)`.
 
+    The side is chosen by comparing r with the bounds, as the flags say; a token on a bound is not
+    clipped and has its whole gradient. 0 where A is 0; a ratio that is NaN gives NaN anyway.
+
     Args:
         log_ratio_T: float `[T]`, from `log_ratio`; r is its exponential.
         advantages_T: float `[T]`, detached here.
@@ -56,16 +63,14 @@ def ppo_clip(
     check_bounds(ratio_min, ratio_max, dual_clip)
     advantages_T = advantages_T.detach()
     ratio_T = exp_ratio(log_ratio_T)
-    unclipped_T = torch.where(advantages_T == 0, 0, -ratio_T * advantages_T)
-    loss_T = torch.maximum(unclipped_T, -ratio_T.clamp(ratio_min, ratio_max) * advantages_T)
-    negative_T = advantages_T < 0
+    low_T = (advantages_T < 0) & (ratio_T < ratio_min)
+    high_T = (advantages_T > 0) & (ratio_T > ratio_max)
+    # Not torch.maximum: between two sides that round to the same number it halves the gradient.
+    bounded_T = torch.where(low_T, ratio_min, torch.where(high_T, ratio_max, ratio_T))
     if dual_clip is not None:
-        loss_T = torch.where(negative_T, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
-    return Surrogate(
-        loss_T,
-        negative_T & (ratio_T < ratio_min),
-        (advantages_T > 0) & (ratio_T > ratio_max),
-    )
+        bounded_T = torch.where((advantages_T < 0) & (ratio_T > dual_clip), dual_clip, bounded_T)
+    loss_T = torch.where(advantages_T == 0, 0, -bounded_T * advantages_T)
+    return Surrogate(torch.where(ratio_T.isnan(), ratio_T, loss_T), low_T, high_T)
 
 
 def cispo(
@@ -290,9 +295,9 @@ def _binary_divergence(log_p_T: Tensor, log_q_T: Tensor, kind: str) -> tuple[Ten
 
 
 def trainable(packed: Packed, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor, checked to be `[T]`, with 0 at masked positions and no gradient from there."""
+    """Each tensor, `[T]`, at least float32, 0 at masked positions and no gradient from there."""
     packed.check(**tensors)
-    return tuple(torch.where(packed.mask_T, values_T, 0) for values_T in tensors.values())
+    return tuple(torch.where(packed.mask_T, widened(x_T), 0) for x_T in tensors.values())
 
 
 def weighted(ratio_T: Tensor, advantages_T: Tensor) -> Tensor:

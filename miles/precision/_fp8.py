@@ -92,13 +92,18 @@ def block_shape(recipe: BlockFP8, role: Role) -> tuple[int, int]:
 
 
 def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> tuple[Tensor, Tensor]:
-    """E4M3 codes of the tensor's shape, and float32 scales, one a block."""
+    """E4M3 codes of the tensor's shape, and float32 scales, one a block.
+
+    All of a block that holds NaN or infinity is NaN: its codes and its scale.
+    """
     x = tensor.float()
     blocks = block_shape(recipe, role)
     amax = (_blocks.tiles if blocks[0] > 1 else _blocks.rows)(x.abs(), recipe.block).amax(-1)
     profile = recipe.profile if role == "activation" else "te"
     multiplier, scale = PROFILES[profile](amax, recipe.scale == "ue8m0")
     multiplier = multiplier.clamp(max=_FLOAT32_MAX)  # "hf" divides subnormal numbers into infinity
+    finite = amax.isfinite()
+    multiplier, scale = (torch.where(finite, t, torch.nan) for t in (multiplier, scale))
     at = _blocks.spread(multiplier, x.shape, blocks)
     scaled = torch.div(x, at) if profile == "vllm" else x * at
     # Some versions of torch cast what is above 448 to NaN.

@@ -1,9 +1,12 @@
-"""Block FP8 in one read and one write: the bits of `_fp8.encode`, on CUDA.
+"""Block FP8 in one read: the bits of `_fp8.encode`, on CUDA; of a tensor, or also of its transpose.
 
-Shapes: a batch of B matrices, M rows of K elements each, in blocks of 128 along K.
+Shapes: a matrix has M rows of K elements each, in blocks of 128 along K; its transpose has K rows
+of M elements, in blocks of 128 along M.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -13,56 +16,98 @@ from torch import Tensor
 from miles.precision import _fp8
 from miles.precision.recipes import BlockFP8, Role
 
-__all__ = ["encode"]
+__all__ = ["encode", "encode_pair"]
 
 _ROWS, _WARPS = 32, 4
 """Rows of a program when each row has its own scales, and its warps."""
-_SQUARE_WARPS = 4
-"""Warps of a program of 128 rows that share a scale."""
+_PAIR_ROWS, _PAIR_WARPS = 64, 8
+"""Rows, and then columns, of a part of a tile, where the transpose is written too."""
+_SQUARE_WARPS, _SQUARE_PAIR_WARPS = 4, 8
+"""Warps of a program of 128 rows that share a scale; the second where it is written twice."""
 _PROFILES = {name: number for number, name in enumerate(_fp8.PROFILES)}
+Encoded = tuple[Tensor, Tensor]
 
 
-def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> tuple[Tensor, Tensor]:
+def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> Encoded:
     """E4M3 codes of the tensor's shape, and float32 scales, one a block.
 
     Scales of rows lie in memory column by column, each of a multiple of four elements, as the GEMMs
     of Hopper read them; in shape and values they are those of the reference.
     """
-    square = role == "weight"
-    shape = (-1, *tensor.shape[-2:]) if square else (1, -1, tensor.shape[-1])
-    matrices = tensor.reshape(shape).contiguous()
-    batch, m, k = matrices.shape
-    codes = torch.empty_like(matrices, dtype=_fp8.E4M3)
-    columns = triton.cdiv(k, 128)
-    rows = 128 if square else _ROWS
-    if square:
-        scale = codes.new_empty(batch, triton.cdiv(m, 128), columns, dtype=torch.float32)
-    else:
-        padded = triton.cdiv(m, 4) * 4
-        scale = codes.new_empty(batch, columns, padded, dtype=torch.float32)
-        scale = scale[..., :m].transpose(1, 2)
-    profile = _PROFILES[recipe.profile if role == "activation" else "te"]
-    if codes.numel():
-        with torch.cuda.device(tensor.device):
-            _kernel[(triton.cdiv(m, rows), columns, batch)](
-                matrices,
-                codes,
-                scale,
+    if role == "weight":
+        return _squares(tensor, recipe, turned=False)[0]
+    codes, scale = _of_rows(tensor.reshape(-1, tensor.shape[-1]), recipe, role, turned=False)[0]
+    scale = scale.unflatten(0, tensor.shape[:-1]) if tensor.ndim > 1 else scale[0]
+    return codes.view(tensor.shape), scale
+
+
+def encode_pair(tensor: Tensor, recipe: BlockFP8, role: Role) -> tuple[Encoded, Encoded]:
+    """Codes and scales of a matrix, and those of its transpose, each as `encode` has them.
+
+    Activations and gradients are `[M, K]`, weights `[..., M, K]`. Device memory is read once.
+    """
+    both = (
+        _squares(tensor, recipe, turned=True)
+        if role == "weight"
+        else _of_rows(tensor, recipe, role, turned=True)
+    )
+    return both[0], both[1]
+
+
+def _of_rows(x: Tensor, recipe: BlockFP8, role: Role, *, turned: bool) -> list[Encoded]:
+    m, k = x.shape
+    x = x.contiguous()
+    out = []
+    for rows, columns in [(m, k), (k, m)] if turned else [(m, k)]:
+        codes = x.new_empty(rows, columns, dtype=_fp8.E4M3)
+        padded = triton.cdiv(rows, 4) * 4
+        scale = x.new_empty(triton.cdiv(columns, 128), padded, dtype=torch.float32)
+        out.append((codes, scale[:, :rows].t()))
+    tile = 128 if turned else _ROWS
+    if x.numel():
+        with torch.cuda.device_of(x):  # none, for the interpreter
+            _row_kernel[(triton.cdiv(m, tile), triton.cdiv(k, 128))](
+                x,
+                *out[0],
+                *out[-1],
                 m,
                 k,
-                *scale.stride(),
-                PROFILE=profile,
+                *out[0][1].stride(),
+                *out[-1][1].stride(),
+                PROFILE=_PROFILES[recipe.profile if role == "activation" else "te"],
                 POWER_OF_TWO=recipe.scale == "ue8m0",
-                SQUARE=square,
-                ROWS=rows,
-                num_warps=_SQUARE_WARPS if square else _WARPS,
+                TURNED=turned,
+                ROWS=_PAIR_ROWS if turned else _ROWS,
+                num_warps=_PAIR_WARPS if turned else _WARPS,
                 enable_fp_fusion=False,
             )
-    if square:
-        scale = scale.view(*tensor.shape[:-2], *scale.shape[1:])
-    else:
-        scale = scale[0].unflatten(0, tensor.shape[:-1]) if tensor.ndim > 1 else scale[0, 0]
-    return codes.view(tensor.shape), scale.to(getattr(torch, recipe.store))
+    return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in out]
+
+
+def _squares(tensor: Tensor, recipe: BlockFP8, *, turned: bool) -> list[Encoded]:
+    *lead, m, k = tensor.shape
+    tensor = tensor.contiguous()
+    grid = (triton.cdiv(m, 128), triton.cdiv(k, 128), math.prod(lead))
+    out = []
+    for rows, columns in [(m, k), (k, m)] if turned else [(m, k)]:
+        codes = tensor.new_empty(*lead, rows, columns, dtype=_fp8.E4M3)
+        blocks = (*lead, triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+        out.append((codes, codes.new_empty(blocks, dtype=torch.float32)))
+    if tensor.numel():
+        with torch.cuda.device_of(tensor):  # none, for the interpreter
+            _square_kernel[grid](
+                tensor,
+                *out[0],
+                *out[-1],
+                m,
+                k,
+                PROFILE=_PROFILES["te"],
+                POWER_OF_TWO=recipe.scale == "ue8m0",
+                TURNED=turned,
+                num_warps=_SQUARE_PAIR_WARPS if turned else _SQUARE_WARPS,
+                enable_fp_fusion=False,
+            )
+    return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in out]
 
 
 @triton.jit
@@ -78,6 +123,7 @@ def _floor_power_of_two(x):
 @triton.jit
 def _scales(amax, PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """`miles.precision.PROFILES`, by number: multiplier (or divisor) and stored scale."""
+    finite = amax < float("inf")
     top = tl.full(amax.shape, 448.0, tl.float32)
     one = tl.full(amax.shape, 1.0, tl.float32)
     largest = 3.4028234663852886e38
@@ -106,46 +152,107 @@ def _scales(amax, PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
             scale = floored * 0.002232142857142857
         if PROFILE == 3:  # vllm
             multiplier = scale
-    return tl.minimum(multiplier, largest), scale
+    multiplier = tl.where(finite, tl.minimum(multiplier, largest), float("nan"))
+    return multiplier, tl.where(finite, scale, float("nan"))
 
 
 @triton.jit
-def _kernel(
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    m,
-    k,
-    stride_b,
-    stride_m,
-    stride_k,
-    PROFILE: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    SQUARE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def _amax(x, axis: tl.constexpr):
+    """Of the bits, of which those of NaN are the largest: a maximum of floats drops NaN."""
+    narrow: tl.constexpr = x.dtype.primitive_bitwidth == 16
+    integers: tl.constexpr = tl.int16 if narrow else tl.int32
+    bits = x.to(integers, bitcast=True) & (0x7FFF if narrow else 0x7FFFFFFF)
+    return tl.max(bits, axis).to(integers).to(x.dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _codes(x, multiplier, PROFILE: tl.constexpr):
+    """E4M3 of blocks times their multipliers, or, for vllm, divided by them."""
+    x = x.to(tl.float32)
+    scaled = tl.div_rn(x, tl.zeros_like(x) + multiplier) if PROFILE == 3 else x * multiplier
+    scaled = tl.maximum(scaled, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    scaled = tl.minimum(scaled, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(tl.float8e4nv)
+
+
+@triton.jit
+def _rows(
+    x_ptr, codes_ptr, scale_ptr, m, k, x_stride_m, x_stride_k, stride_m, stride_k, first, block,
+    PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a matrix from the first on, in one block of columns: a scale for each row."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, 128)
+    exists = row < m - first
+    inside = exists[:, None] & (column < k - block * 128)[None, :]
+    # Only where a tile starts needs 64 bits; offsets of its elements are in many registers.
+    start, edge = first.to(tl.int64), block.to(tl.int64) * 128
+    x_ptr += start * x_stride_m + edge * x_stride_k
+    at = row[:, None] * x_stride_m + column[None, :] * x_stride_k
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    multiplier, scale = _scales(_amax(x, 1), PROFILE, POWER_OF_TWO)
+    codes = _codes(x, multiplier[:, None], PROFILE)
+    at = row[:, None] * k + column[None, :]
+    tl.store(codes_ptr + start * k + edge + at, codes, mask=inside)
+    at = start * stride_m + block * stride_k
+    tl.store(scale_ptr + at + row * stride_m, scale, mask=exists)
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr, codes_ptr, scale_ptr, turned_codes_ptr, turned_scale_ptr, m, k,
+    stride_m, stride_k, turned_stride_k, turned_stride_m,
+    PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row_block = tl.program_id(0)
     column_block = tl.program_id(1)
+    if not TURNED:
+        _rows(
+            x_ptr, codes_ptr, scale_ptr, m, k, k, 1, stride_m, stride_k,
+            row_block * ROWS, column_block, PROFILE, POWER_OF_TWO, ROWS,
+        )  # fmt: skip
+    else:
+        # A tile of 128 x 128 in parts: all of it at once takes more registers than leave a
+        # multiprocessor busy. The second time, it comes from the cache.
+        for start in range(0, 128, ROWS):
+            _rows(
+                x_ptr, codes_ptr, scale_ptr, m, k, k, 1, stride_m, stride_k,
+                row_block * 128 + start, column_block, PROFILE, POWER_OF_TWO, ROWS,
+            )  # fmt: skip
+        for start in range(0, 128, ROWS):
+            _rows(
+                x_ptr, turned_codes_ptr, turned_scale_ptr, k, m, 1, k,
+                turned_stride_k, turned_stride_m,
+                column_block * 128 + start, row_block, PROFILE, POWER_OF_TWO, ROWS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _square_kernel(
+    x_ptr, codes_ptr, scale_ptr, turned_codes_ptr, turned_scale_ptr, m, k,
+    PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    row_block, rows = tl.program_id(0), tl.num_programs(0)
+    column_block, columns = tl.program_id(1), tl.num_programs(1)
     matrix = tl.program_id(2).to(tl.int64)
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    column = column_block * 128 + tl.arange(0, 128)
+    element = tl.arange(0, 128)
+    row = row_block * 128 + element
+    column = column_block * 128 + element
     inside = (row < m)[:, None] & (column < k)[None, :]
-    at = matrix * m * k + row.to(tl.int64)[:, None] * k + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    amax = tl.max(tl.abs(x), 1)
-    if SQUARE:
-        whole = tl.max(amax, 0)
-        amax = tl.zeros_like(amax) + whole
+    start = matrix * m * k + row_block.to(tl.int64) * 128 * k + column_block * 128
+    at = start + (element[:, None] * k + element[None, :])
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    whole = tl.max(_amax(x, 1).to(tl.int32, bitcast=True), 0)
+    amax = (tl.zeros([128], tl.int32) + whole).to(tl.float32, bitcast=True)
     multiplier, scale = _scales(amax, PROFILE, POWER_OF_TWO)
-    if PROFILE == 3:
-        scaled = tl.div_rn(x, tl.zeros_like(x) + multiplier[:, None])
-    else:
-        scaled = x * multiplier[:, None]
-    scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-    tl.store(codes_ptr + at, scaled.to(tl.float8e4nv), mask=inside)
-    base = scale_ptr + matrix * stride_b + column_block * stride_k
-    if SQUARE:
-        first = tl.arange(0, ROWS) == 0
-        tl.store(base + row_block * stride_m + tl.arange(0, ROWS) * 0, scale, mask=first)
-    else:
-        tl.store(base + row * stride_m, scale, mask=row < m)
+    codes = _codes(x, multiplier[:, None], PROFILE)
+    tl.store(codes_ptr + at, codes, mask=inside)
+    at_scale = matrix * rows * columns + element * 0
+    first = element == 0
+    tl.store(scale_ptr + at_scale + row_block * columns + column_block, scale, mask=first)
+    if TURNED:
+        inside = (column < k)[:, None] & (row < m)[None, :]
+        start = matrix * m * k + column_block.to(tl.int64) * 128 * m + row_block * 128
+        at = start + (element[:, None] * m + element[None, :])
+        tl.store(turned_codes_ptr + at, tl.trans(codes), mask=inside)
+        at_scale += column_block * rows + row_block
+        tl.store(turned_scale_ptr + at_scale, scale, mask=first)

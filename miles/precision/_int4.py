@@ -12,20 +12,28 @@ from miles.errors import ShapeError
 from miles.precision import _blocks
 from miles.precision.recipes import Int4
 
-__all__ = ["decode", "encode", "pack", "unpack"]
+__all__ = ["check_groups", "decode", "encode", "pack", "unpack"]
 
 _PER_INT32 = 8
 
 
-def encode(weight: Tensor, recipe: Int4) -> tuple[Tensor, Tensor]:
-    """int8 codes of the weight's shape, and scales `[..., K / group_size]`."""
+def check_groups(weight: Tensor, recipe: Int4) -> None:
+    """Raise if the groups don't divide the last dimension."""
     size = recipe.group_size
     if weight.shape[-1] % size:
         raise ShapeError(
             f"the weight has shape {tuple(weight.shape)} and the groups {size} elements; expected "
             "a last dimension that they divide; choose another group_size or leave it unquantised"
         )
-    groups = _blocks.rows(weight, size)
+
+
+def encode(weight: Tensor, recipe: Int4) -> tuple[Tensor, Tensor]:
+    """int8 codes of the weight's shape, and scales `[..., K / group_size]`.
+
+    The scale of a group that holds NaN or infinity is not finite, so that no weight of it is.
+    """
+    check_groups(weight, recipe)
+    groups = _blocks.rows(weight, recipe.group_size)
     amax = groups.abs().amax(-1)
     scale = torch.div(amax, torch.full_like(amax, recipe.divisor))
     scale = scale.to(getattr(torch, recipe.scale_dtype))

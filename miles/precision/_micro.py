@@ -28,7 +28,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def encode_mxfp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 codes of the tensor's shape, and E8M0 scales, one a block."""
+    """E4M3 codes of the tensor's shape, and E8M0 scales, one a block; all NaN where one is."""
     x = tensor.float()
     amax = _blocks.rows(x.abs(), MXFP8.block).amax(-1)
     ratio = torch.div(amax, torch.full_like(amax, MAX))
@@ -36,6 +36,7 @@ def encode_mxfp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     bits = ratio.view(torch.int32)
     exponent = (bits + 0x7FFFFF) >> 23
     exponent = torch.where(bits <= 1 << 22, 0, exponent)  # 2^-127, the smallest of all, is below
+    exponent = torch.where(amax.isfinite(), exponent, 255)
     scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
     at = _blocks.spread(scale.float(), x.shape, (MXFP8.block,))
     codes = torch.div(x, at).clamp(-MAX, MAX).to(E4M3)

@@ -1,11 +1,15 @@
 """Rounding a tensor to a recipe: `quantize` for what is stored, `fake_quantize` to train through.
 
 Both are one definition: `fake_quantize(w, r)` is bitwise `quantize(w, r).dequantize(w.dtype)`.
+
+NaN and infinity make all of their block NaN, so the scales, a small tensor, tell whether there were
+any. `quantize` looks at them, which waits for the device; `fake_quantize` on CUDA doesn't.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +20,7 @@ from miles.errors import DtypeError, MissingExtraError, NonFiniteError, SettingE
 from miles.precision import _fp8, _int4, _micro
 from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe, Role
 
-__all__ = ["QTensor", "fake_quantize", "quantize"]
+__all__ = ["QTensor", "fake_quantize", "quantize", "quantize_pair"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Backend = Literal["auto", "reference", "triton"]
@@ -60,6 +64,28 @@ class QTensor:
         assert self.global_scale is not None
         return _micro.decode_nvfp4(self.codes, self.scale, self.global_scale).to(dtype)
 
+    def t(self) -> QTensor:
+        """The transposed matrices `[..., K, N]`, contiguous, without rounding again.
+
+        Raises:
+            SettingError: anything but a block-FP8 weight: the blocks of another don't transpose.
+
+        Example:
+            >>> import torch
+            >>> from miles.precision import BlockFP8, quantize
+            >>> q = quantize(torch.ones(256, 128), BlockFP8()).t()
+            >>> q.shape, q.scale.shape
+            (torch.Size([128, 256]), torch.Size([1, 2]))
+        """
+        if not isinstance(self.recipe, BlockFP8) or self.role != "weight":
+            raise SettingError(
+                f"t() got {type(self.recipe).__name__} of role {self.role!r}; expected a weight of "
+                "BlockFP8, whose blocks are square; round anything else with quantize_pair, or "
+                "quantize what was transposed"
+            )
+        codes, scale = (t.transpose(-2, -1).contiguous() for t in (self.codes, self.scale))
+        return QTensor(codes, scale, self.recipe, self.role)
+
 
 def quantize(
     tensor: Tensor,
@@ -77,11 +103,12 @@ def quantize(
         recipe: what to round to.
         role: a weight, an activation or a gradient.
         name: named in errors.
-        backend: "reference", plain PyTorch; "triton", for `BlockFP8` on CUDA, with the same bits;
-            "auto", Triton where it applies and is installed.
+        backend: "reference", plain PyTorch; "triton", for `BlockFP8` and `Int4` on CUDA, with the
+            same bits; "auto", Triton where it applies and is installed.
 
     Raises:
-        NonFiniteError: NaN or infinity.
+        NonFiniteError: NaN or infinity, or scales beyond the range of their dtype. On CUDA this
+            waits for the device, once.
         SettingError: the recipe doesn't round tensors of this role, or Triton was asked for where
             it doesn't apply.
         DtypeError: another dtype.
@@ -96,7 +123,58 @@ def quantize(
     """
     recipe.check_role(role)
     _check(tensor, recipe, role, name)
-    return _encode(tensor.detach(), recipe, role, backend)
+    return _encode(tensor.detach(), recipe, role, backend, check=True, name=name)
+
+
+def quantize_pair(
+    tensor: Tensor,
+    recipe: BlockFP8,
+    *,
+    role: Role,
+    name: str | None = None,
+    backend: Backend = "auto",
+) -> tuple[QTensor, QTensor]:
+    """A matrix and its transpose, each rounded in blocks along its own rows; on CUDA in one read.
+
+    What the GEMMs of a linear layer take: an activation and an output gradient along their rows for
+    the forward and the input's gradient, and along their columns for the weight's gradient.
+
+    Args:
+        tensor: bfloat16, float16 or float32, `[M, K]`; a weight may have more dimensions, and each
+            matrix of the last two has its own blocks.
+        recipe: what to round to.
+        role: an activation, a gradient or a weight.
+        name: named in errors.
+        backend: as for `quantize`.
+
+    Returns:
+        `quantize(tensor)` with codes `[M, K]`, and `quantize` of the contiguous transpose with
+        codes `[K, M]`, bit for bit. By Triton, scales of 1 x 128 blocks lie column by column, each
+        column of a multiple of four elements, as the GEMMs of Hopper read them.
+
+    Raises:
+        NonFiniteError, SettingError, DtypeError: as `quantize`.
+        ShapeError: not a matrix, or an empty one.
+
+    Example:
+        >>> import torch
+        >>> from miles.precision import BlockFP8
+        >>> from miles.precision.quantize import quantize_pair
+        >>> x = torch.arange(256.0).view(2, 128)
+        >>> q, turned = quantize_pair(x, BlockFP8(scale="ue8m0"), role="activation")
+        >>> q.scale.shape, turned.shape, turned.scale.shape
+        (torch.Size([2, 1]), torch.Size([128, 2]), torch.Size([128, 1]))
+    """
+    if not isinstance(recipe, BlockFP8):
+        raise SettingError(f"quantize_pair got {type(recipe).__name__}; expected BlockFP8")
+    recipe.check_role(role)
+    _check(tensor, recipe, role, name)
+    if not tensor.numel() or tensor.ndim < 2 or (tensor.ndim > 2 and role != "weight"):
+        raise ShapeError(
+            f"{_what(role, name)} has shape {tuple(tensor.shape)}; expected [M, K], not empty; "
+            "flatten what is before the last dimension"
+        )
+    return _encode_pair(tensor.detach(), recipe, role, backend, check=True, name=name)
 
 
 def fake_quantize(
@@ -107,6 +185,9 @@ def fake_quantize(
     The gradient passes as it is (straight-through): rounding has none, and a clipped code is the
     nearest one of its block, so nothing is masked.
 
+    On CUDA, NaN and infinity come out as NaN, with all of their block: a check would stall every
+    forward pass. Elsewhere they raise.
+
     Args:
         tensor: as for `quantize`.
         recipe: what to round to.
@@ -114,7 +195,8 @@ def fake_quantize(
         name: named in errors.
 
     Raises:
-        NonFiniteError, SettingError, DtypeError, ShapeError: as `quantize`.
+        NonFiniteError: as `quantize`, but not on CUDA.
+        SettingError, DtypeError, ShapeError: as `quantize`.
 
     Example:
         >>> import torch
@@ -126,27 +208,55 @@ def fake_quantize(
     """
     recipe.check_role(role)
     _check(tensor, recipe, role, name)
-    out: Tensor = _StraightThrough.apply(tensor, recipe, role)
+    out: Tensor = _StraightThrough.apply(tensor, recipe, role, name)
     return out
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, recipe: Recipe, role: Role) -> Tensor:
-        return _encode(tensor, recipe, role, "auto").dequantize(tensor.dtype)
+    def forward(ctx: Any, tensor: Tensor, recipe: Recipe, role: Role, name: str | None) -> Tensor:
+        return _fake(tensor, recipe, role, check=not tensor.is_cuda, name=name)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
 
 
-def _encode(tensor: Tensor, recipe: Recipe, role: Role, backend: Backend) -> QTensor:
+def _fake(
+    tensor: Tensor, recipe: Recipe, role: Role, *, check: bool = False, name: str | None = None
+) -> Tensor:
+    """`fake_quantize` without its gradient, with `check` as in `_encode`."""
+    if not isinstance(recipe, Int4) or not _use_triton(tensor, recipe, "auto"):
+        q = _encode(tensor, recipe, role, check=check, name=name)
+        return q.dequantize(tensor.dtype)
+    from miles.precision import _int4_triton  # imports triton
+
+    rounded, scale = _int4_triton.fake_quantize(tensor, recipe)
+    if check:
+        _check_finite(scale, tensor, role, name)
+    return rounded
+
+
+def _encode(
+    tensor: Tensor,
+    recipe: Recipe,
+    role: Role,
+    backend: Backend = "auto",
+    *,
+    check: bool = False,
+    name: str | None = None,
+) -> QTensor:
+    """`quantize`; without `check`, NaN and infinity make their block NaN and nothing waits."""
     whole = None
     triton = _use_triton(tensor, recipe, backend)
-    if isinstance(recipe, Int4):
+    if isinstance(recipe, Int4) and triton:
+        from miles.precision import _int4_triton  # imports triton
+
+        codes, scale = _int4_triton.encode(tensor, recipe)
+    elif isinstance(recipe, Int4):
         codes, scale = _int4.encode(tensor, recipe)
     elif isinstance(recipe, BlockFP8) and triton:
-        from miles.precision import _fp8_triton  # imports triton
+        from miles.precision import _fp8_triton
 
         codes, scale = _fp8_triton.encode(tensor, recipe, role)
     elif isinstance(recipe, BlockFP8):
@@ -156,17 +266,43 @@ def _encode(tensor: Tensor, recipe: Recipe, role: Role, backend: Backend) -> QTe
     else:
         assert isinstance(recipe, NVFP4)
         codes, scale, whole = _micro.encode_nvfp4(tensor)
+    if check:
+        _check_finite(scale, tensor, role, name)
     return QTensor(codes, scale, recipe, role, whole)
+
+
+def _encode_pair(
+    tensor: Tensor,
+    recipe: BlockFP8,
+    role: Role,
+    backend: Backend = "auto",
+    *,
+    check: bool = False,
+    name: str | None = None,
+) -> tuple[QTensor, QTensor]:
+    """`quantize_pair`, with `check` as in `_encode`."""
+    if _use_triton(tensor, recipe, backend):
+        from miles.precision import _fp8_triton  # imports triton
+
+        pair = _fp8_triton.encode_pair(tensor, recipe, role)
+        q, turned = (QTensor(codes, scale, recipe, role) for codes, scale in pair)
+    else:
+        q = _encode(tensor, recipe, role, backend)
+        columns = tensor.transpose(-2, -1).contiguous()
+        turned = q.t() if role == "weight" else _encode(columns, recipe, role, backend)
+    if check:
+        _check_finite(q.scale, tensor, role, name)
+    return q, turned
 
 
 def _use_triton(tensor: Tensor, recipe: Recipe, backend: Backend) -> bool:
     if backend not in ("auto", "reference", "triton"):
         raise SettingError(f"backend is {backend!r}; expected 'auto', 'reference' or 'triton'")
-    applies = isinstance(recipe, BlockFP8) and tensor.is_cuda
+    applies = isinstance(recipe, BlockFP8 | Int4) and tensor.is_cuda
     if backend == "triton" and not applies:
         raise SettingError(
             f'backend="triton" got {type(recipe).__name__} on {tensor.device.type}; expected '
-            'BlockFP8 on CUDA; or backend="auto"'
+            'BlockFP8 or Int4 on CUDA; or backend="auto"'
         )
     if backend == "reference" or not applies:
         return False
@@ -176,8 +312,12 @@ def _use_triton(tensor: Tensor, recipe: Recipe, backend: Backend) -> bool:
     return installed
 
 
+def _what(role: Role, name: str | None) -> str:
+    return f"the {role}" if name is None else f"{name} ({role})"
+
+
 def _check(tensor: Tensor, recipe: Recipe, role: Role, name: str | None) -> None:
-    what = f"the {role}" if name is None else f"{name} ({role})"
+    what = _what(role, name)
     if tensor.dtype not in _FLOATS:
         raise DtypeError(f"{what} is {tensor.dtype}; expected bfloat16, float16 or float32")
     least = 2 if isinstance(recipe, BlockFP8) and role == "weight" else 1
@@ -186,9 +326,19 @@ def _check(tensor: Tensor, recipe: Recipe, role: Role, name: str | None) -> None
             f"{what} has shape {tuple(tensor.shape)}; expected {least} dimensions or more, the "
             "last one not empty"
         )
-    if not bool(torch.isfinite(tensor).all()):
-        bad = (~torch.isfinite(tensor)).nonzero()
+
+
+def _check_finite(scale: Tensor, tensor: Tensor, role: Role, name: str | None) -> None:
+    """Raise if a scale isn't finite: that of a block with NaN or infinity never is."""
+    if not scale.numel() or math.isfinite(scale.float().amax().item()):
+        return
+    what, bad = _what(role, name), (~torch.isfinite(tensor)).nonzero()
+    if not len(bad):
         raise NonFiniteError(
-            f"{what} holds {len(bad)} NaN or infinite of {tensor.numel()} values, the first at "
-            f"{tuple(bad[0].tolist())}; expected finite numbers; a step with a gradient of NaN?"
+            f"{what} is finite, but its scales are beyond the range of {scale.dtype}; expected "
+            "smaller numbers, or scales of float32"
         )
+    raise NonFiniteError(
+        f"{what} holds {len(bad)} NaN or infinite of {tensor.numel()} values, the first at "
+        f"{tuple(bad[0].tolist())}; expected finite numbers; a step with a gradient of NaN?"
+    )

@@ -1,9 +1,12 @@
 """`policy_loss`: every backend is the composition of the parts, in value and in gradient."""
 
+import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from miles.errors import DenominatorError, DtypeError, SettingError, ShapeError
 from miles.losses import (
     Correction,
     _policy_closed,
+    policy,
     policy_loss,
     policy_loss_backend,
     reduce_metrics,
@@ -91,7 +95,7 @@ def test_inputs_of_several_dtypes_give_what_the_reference_gives(wide):
         )  # fmt: skip
         loss.backward()
         results.append((loss.detach(), leaf.grad))
-    torch.testing.assert_close(*results, check_dtype=wide < 3)
+    torch.testing.assert_close(*results)
 
 
 def test_the_gradient_can_be_asked_for_again_and_grows_with_what_comes_back():
@@ -145,6 +149,67 @@ def test_what_is_broken_at_a_trained_token_shows(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
+def test_a_reference_at_coefficient_0_is_read_alone_even_where_it_is_infinitely_far(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    leaf = torch.zeros(2, requires_grad=True)
+    ref = torch.tensor([200.0, 0.0])
+    loss, metrics = policy_loss(
+        leaf, torch.zeros(2), torch.ones(2), packed, count(packed), ref_logprobs_T=ref,
+        backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert loss == -1 and leaf.grad.tolist() == [-0.5, -0.5] and metrics["kl/ref"].value().isinf()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "compiled"])
+def test_at_rounding_ties_with_a_bound_every_backend_gives_the_whole_gradient_or_none(backend):
+    """torch.maximum halved it: a token one rounding off the clip got half a gradient."""
+    old = -torch.rand(64, generator=torch.Generator().manual_seed(0)) * 3
+    for bound, sign in ((1.2, 1.0), (0.8, -1.0), (3.0, -1.0)):
+        new, advantages = old + math.log(bound), torch.full((64,), sign)
+        packed = Packed.from_padded(torch.ones(1, 64, dtype=torch.bool))
+        gradients = []
+        for each in ("reference", backend):
+            leaf = new.clone().requires_grad_()
+            loss, _ = policy_loss(
+                leaf, old, advantages, packed, count(packed), mode="sum", dual_clip=3.0,
+                backend=each,
+            )  # fmt: skip
+            loss.backward()
+            gradients.append(leaf.grad)
+            near = ((leaf.grad.abs() - bound).abs() < 1e-5) | (leaf.grad == 0)
+            assert near.all()
+        if backend == "chunked":  # a compiler's exp may round to the other side of a bound
+            assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
+def test_exactly_on_the_dual_clip_a_token_is_not_clipped(backend):
+    packed = Packed.from_padded(torch.tensor([[True]]))
+    new = torch.tensor([2.0], dtype=torch.float64).log().requires_grad_()
+    loss, _ = policy_loss(
+        new, torch.zeros(1, dtype=torch.float64), -torch.ones(1), packed, count(packed),
+        dual_clip=new.exp().item(), backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert new.grad.item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
+def test_a_nan_shows_in_the_gradient_even_where_the_advantage_is_0(backend):
+    packed = Packed.from_padded(torch.tensor([[True, True]]))
+    inf = float("inf")
+    for new, advantage in ((float("nan"), 0.0), (-inf, inf), (0.0, float("nan"))):
+        leaf = torch.tensor([new, 0.0], requires_grad=True)
+        advantages = torch.tensor([advantage, 1.0])
+        loss, _ = policy_loss(
+            leaf, torch.zeros(2), advantages, packed, count(packed), backend=backend
+        )
+        loss.backward()
+        assert loss.isnan() and leaf.grad[0].isnan() and leaf.grad[1] == -0.5
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "compiled"])
 def test_a_clipped_token_of_infinite_ratio_sends_back_nothing(backend):
     packed = Packed.from_padded(torch.tensor([[True, True]]))
     leaf = torch.tensor([800.0, 0.0], requires_grad=True)
@@ -172,8 +237,11 @@ def test_bad_settings_are_refused():
         policy_loss(x, x, x, packed, denominators, backend="fast")
     with pytest.raises(SettingError, match="expected float32 on cuda"):
         policy_loss(x, x, x, packed, denominators, backend="triton")
-    with pytest.raises(SettingError, match="both or neither"):
+    with pytest.raises(SettingError, match="expected both, or kl_coef"):
         policy_loss(x, x, x, packed, denominators, kl_coef=0.1)
+    for kl_coef in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(SettingError, match="expected a finite number, 0 or more"):
+            policy_loss(x, x, x, packed, denominators, ref_logprobs_T=x, kl_coef=kl_coef)
     with pytest.raises(ShapeError, match="advantages_T"):
         policy_loss(x, x, torch.zeros(1), packed, denominators)
     for backend in ("reference", "chunked", "compiled"):
@@ -196,6 +264,17 @@ def test_it_says_which_backend_it_takes_and_why():
     for dtype, backend in kinds:
         chosen, why = policy_loss_backend(torch.zeros(1, dtype=dtype), backend=backend)
         assert chosen == "chunked" and str(dtype).removeprefix("torch.") in why
+
+
+def test_float64_anywhere_rules_the_float32_kernel_out():
+    """It was taken for float64 advantages, and gave float32."""
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    installed = importlib.util.find_spec("triton") is not None
+    assert policy._choose(on_cuda, "auto", False)[0] == ("triton" if installed else "reference")
+    chosen, why = policy._choose(on_cuda, "auto", True)
+    assert chosen == "reference" and why.endswith("another input is float64")
+    with pytest.raises(SettingError, match="another input is float64; expected float32"):
+        policy._choose(on_cuda, "triton", True)
 
 
 def test_old_logprobs_carry_no_gradient_in_any_backend():

@@ -439,7 +439,7 @@ def test_bad_input_of_the_others():
         generalized_jsd(logits, torch.zeros(2, 5), PACKED)
     with pytest.raises(SettingError, match=r"beta is 1\.5; expected a number from 0 to 1"):
         generalized_jsd(logits, logits, PACKED, beta=1.5)
-    with pytest.raises(SettingError, match="temperature is 0; expected a number above 0"):
+    with pytest.raises(SettingError, match="temperature is 0; expected a finite number above 0"):
         generalized_jsd(logits, logits, PACKED, temperature=0)
     logprobs, ids = torch.zeros(2, 3), torch.arange(3).expand(2, 3)
     with pytest.raises(SettingError, match="kind is 'kl'; expected forward_kl or reverse_kl"):

@@ -42,3 +42,23 @@ def nearest(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     even = candidates & (torch.arange(len(table)) % 2 == 0)
     pick = torch.where(even.any(-1, keepdim=True), even, candidates)
     return pick.int().argmax(-1)
+
+
+def broken(shape, dtype, value: str) -> torch.Tensor:
+    """Normal numbers, and one at [1, 5] that is none."""
+    x = tensor("normal", shape, dtype)
+    x[1, 5] = float(value)
+    return x
+
+
+def same_bits(got, expected) -> bool:
+    """Whether pairs of tensors agree in shape, dtype and every bit, save those of NaN."""
+    return all(_same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    same = a.view(bits) == b.view(bits)
+    return bool((same | (a.float().isnan() & b.float().isnan())).all())

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from miles.losses.aggregation import Mode, aggregate
-from miles.losses.corrections import Correction
 from miles.losses.metrics import Metrics, mean_over
 from miles.losses.policy import ratio_metrics
 from miles.losses.ratios import Level, log_ratio
 from miles.losses.surrogates import Surrogate, ppo_clip, reinforce
 from miles.packed import Denominators, Packed
 
-__all__ = ["clipped", "corrected_by", "reduced", "reinforced"]
+__all__ = ["clipped", "reduced", "reinforced"]
 
 
 def clipped(
@@ -73,14 +72,3 @@ def reinforced(
         loss_T, packed, denominators, mode=mode, averaged_over=averaged_over, **corrected
     )
     return loss, {"logprob/mean": mean_over(logprobs_T, packed.mask_T)}
-
-
-def corrected_by(correction: Correction | None, count_rejected: bool) -> dict[str, Any]:
-    """What `aggregate` takes of a correction."""
-    if correction is None:
-        return {"count_rejected": count_rejected}
-    return {
-        "weights_T": correction.weights_T,
-        "keep_T": correction.keep_T,
-        "count_rejected": count_rejected,
-    }

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from miles.errors import DtypeError, SettingError
 from miles.losses.aggregation import aggregate
-from miles.losses.corrections import Correction
+from miles.losses.corrections import Correction, for_other_terms
 from miles.losses.metrics import Metrics, mean_over
 from miles.losses.policy import policy_loss
-from miles.losses.presets._parts import corrected_by
 from miles.losses.presets.groups import dapo
 from miles.losses.regularizers import nll, value_loss
-from miles.packed import Denominators, Packed
+from miles.packed import Denominators, Packed, check_tensors
 
 __all__ = ["decoupled_ppo", "ppo", "vapo"]
 
@@ -48,7 +47,8 @@ def ppo(
             packed, lam=0.95)`, the advantages whitened.
         old_values_T: float `[T]`, the critic's at the start of the step.
         returns_T: float `[T]`, from `gae`.
-        value_coef: c1 of the paper.
+        value_coef: c1 of the paper. The critic also learns from rejected tokens, unless
+            `count_rejected` is False.
         value_clip: see `value_loss`.
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators: see `grpo`.
         ratio_min, ratio_max, dual_clip: see `ppo_clip`.
@@ -77,10 +77,10 @@ def ppo(
         )
     if values_T is not None and old_values_T is not None and returns_T is not None:
         value_T = value_loss(values_T, old_values_T, returns_T, packed, clip=value_clip)
-        kept = {} if count_rejected else corrected_by(correction, False) | {"weights_T": None}
         loss = loss + value_coef * aggregate(
-            value_T, packed, denominators, averaged_over=averaged_over, **kept
-        )
+            value_T, packed, denominators, averaged_over=averaged_over,
+            **for_other_terms(correction, count_rejected),
+        )  # fmt: skip
         metrics["value/loss"] = mean_over(value_T, packed.mask_T)
     return loss, metrics
 
@@ -109,7 +109,8 @@ def vapo(
         right_S: bool `[S]`, answers that are right.
         right_denominators: `count(..., keep_T=packed.per_token(right_S))` over the whole step, so
             that the NLL is a mean over its tokens however the step is split; None when the step
-            has no right answer.
+            has no right answer. With `count_rejected=False` the NLL leaves rejected tokens out too:
+            count with `keep_T=packed.per_token(right_S) & correction.keep_T`.
         nll_coef: mu of the paper.
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators: see `grpo`.
         ratio_min, ratio_max, correction, count_rejected, averaged_over: see `grpo`.
@@ -131,9 +132,12 @@ def vapo(
         ratio_max=ratio_max, correction=correction,
         count_rejected=count_rejected, averaged_over=averaged_over,
     )  # fmt: skip
+    check_tensors(right_S=right_S)
     if right_S.dtype != torch.bool:
         raise DtypeError(f"right_S is {right_S.dtype}; expected torch.bool")
     right_T = packed.per_token(right_S) & packed.mask_T
+    if correction is not None and not count_rejected:
+        right_T = right_T & correction.keep_T
     if right_denominators is None and right_T.device.type == "cpu" and bool(right_T.any()):
         raise SettingError(
             "got right answers and no right_denominators, so their NLL would be left out; expected "

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miles.losses.corrections import Correction
+from miles.losses.corrections import Correction, for_policy_term
 from miles.losses.metrics import Metrics
 from miles.losses.policy import policy_loss
-from miles.losses.presets._parts import clipped, corrected_by, reduced
+from miles.losses.presets._parts import clipped, reduced
 from miles.losses.ratios import log_ratio
 from miles.losses.sequence_surrogates import gmpo as gmpo_surrogate
 from miles.losses.surrogates import cispo as cispo_surrogate
@@ -45,9 +45,10 @@ def grpo(
         denominators: of the whole step.
         ratio_min, ratio_max: absolute bounds of the ratio.
         correction: this micro-batch's part of a `Correction`, for the gap to the engine.
-        ref_logprobs_T: float `[T]`, of the reference policy; with `kl_coef`.
+        ref_logprobs_T: float `[T]`, of the reference policy; with `kl_coef`, or for the reading.
         kl_coef: beta of the paper (0.04 there); k3 as in its equation 4.
-        count_rejected, averaged_over: see `aggregate`.
+        count_rejected, averaged_over: see `aggregate`; with False, rejected tokens leave the KL
+            term too.
 
     References:
         arXiv 2402.03300, equations 3 and 4.
@@ -171,7 +172,7 @@ def gspo(
     """
     return clipped(
         "sequence_mean", logprobs_T, old_logprobs_T, advantages_T, packed, denominators, ratio_min,
-        ratio_max, corrected_by(correction, count_rejected), averaged_over,
+        ratio_max, for_policy_term(correction, count_rejected), averaged_over,
     )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def gspo_token(
     """
     return clipped(
         "sequence_token", logprobs_T, old_logprobs_T, advantages_T, packed, denominators,
-        ratio_min, ratio_max, corrected_by(correction, count_rejected), averaged_over,
+        ratio_min, ratio_max, for_policy_term(correction, count_rejected), averaged_over,
     )  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def cispo(
         packed,
         denominators,
         "token_mean",
-        corrected_by(correction, count_rejected),
+        for_policy_term(correction, count_rejected),
         averaged_over,
     )
 
@@ -283,7 +284,7 @@ def sapo(
         packed,
         denominators,
         "seq_mean_token_mean",
-        corrected_by(correction, count_rejected),
+        for_policy_term(correction, count_rejected),
         averaged_over,
     )
 
@@ -322,6 +323,6 @@ def gmpo(
         packed,
         denominators,
         "seq_mean_token_mean",
-        corrected_by(correction, count_rejected),
+        for_policy_term(correction, count_rejected),
         averaged_over,
     )

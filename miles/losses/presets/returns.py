@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miles.errors import SettingError
 from miles.losses.advantages import distill_advantages
 from miles.losses.aggregation import aggregate
-from miles.losses.corrections import Correction
+from miles.losses.corrections import Correction, for_other_terms, for_policy_term
 from miles.losses.metrics import Metrics, mean_over
-from miles.losses.policy import policy_loss
-from miles.losses.presets._parts import corrected_by, reinforced
+from miles.losses.policy import check_kl, policy_loss
+from miles.losses.presets._parts import reinforced
 from miles.losses.regularizers import kl_penalty
 from miles.packed import Denominators, Packed
 
@@ -44,7 +43,7 @@ def rloo(
     """
     return reinforced(
         logprobs_T, advantages_T, packed, denominators, "seq_mean_token_sum",
-        corrected_by(correction, count_rejected),
+        for_policy_term(correction, count_rejected),
         averaged_over,
     )  # fmt: skip
 
@@ -112,8 +111,7 @@ def reinforce_plus_plus_baseline(
         >>> reinforce_plus_plus_baseline(old, old, torch.ones(2), packed, count(packed))[0].item()
         -1.0
     """
-    if (ref_logprobs_T is None) != (kl_coef == 0.0):
-        raise SettingError("expected both ref_logprobs_T and kl_coef, or neither; got one of them")
+    check_kl(ref_logprobs_T, kl_coef)
     loss, metrics = reinforce_plus_plus(
         logprobs_T, old_logprobs_T, advantages_T, packed, denominators, ratio_min=ratio_min,
         ratio_max=ratio_max, correction=correction,
@@ -121,11 +119,11 @@ def reinforce_plus_plus_baseline(
     )  # fmt: skip
     if ref_logprobs_T is not None:
         kl_T = kl_penalty(logprobs_T, ref_logprobs_T, packed, value="k2")
-        kept = {} if count_rejected else corrected_by(correction, False) | {"weights_T": None}
-        loss = loss + kl_coef * aggregate(
-            kl_T, packed, denominators, mode="seq_mean_token_mean", averaged_over=averaged_over,
-            **kept,
-        )  # fmt: skip
+        if kl_coef:
+            loss = loss + kl_coef * aggregate(
+                kl_T, packed, denominators, mode="seq_mean_token_mean",
+                averaged_over=averaged_over, **for_other_terms(correction, count_rejected),
+            )  # fmt: skip
         metrics["kl/ref"] = mean_over(kl_T, packed.mask_T)
     return loss, metrics
 
@@ -171,7 +169,7 @@ def on_policy_distillation(
         packed,
         denominators,
         "token_mean",
-        corrected_by(correction, count_rejected),
+        for_policy_term(correction, count_rejected),
         averaged_over,
     )
     metrics["kl/teacher"] = mean_over(kl_T, packed.mask_T)

@@ -1,0 +1,285 @@
+"""Modules that compute with rounded weights, and keep their parameters as they are.
+
+A converted module has a class of its own, derived from the one it had; names, shapes, dtypes and
+values of its parameters stay, so optimizers, `state_dict` and FSDP2 see what they saw.
+
+Shapes: T tokens, D features, K experts a token, E experts; linears `[N, K]`; fused experts
+`[E, N, K]`, where the N of `gate_up_proj` are gate and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from miles.errors import SettingError
+from miles.precision.linear import grouped_linear, linear
+from miles.precision.quantize import QTensor, _encode, quantize
+from miles.precision.recipes import BlockFP8, Recipe
+
+__all__ = [
+    "Quantized",
+    "QuantizedParameter",
+    "convert_module",
+    "drop_cache",
+    "high_precision",
+    "parts_of",
+    "quantized_parameters",
+    "weights_of",
+]
+
+EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
+FUSED_HALVES = "gate_up_proj"
+
+
+@dataclass(frozen=True)
+class QuantizedParameter:
+    """A weight of a converted module."""
+
+    name: str
+    """Of the parameter in the model."""
+    parameter: nn.Parameter
+    """The master weight."""
+    module: nn.Module
+    """Whose it is."""
+    recipe: Recipe
+    """What it is rounded to."""
+    dtype: torch.dtype
+    """What it is rounded from: its own, or that of its copy in the forward pass."""
+
+    def parts(self) -> tuple[QTensor, ...]:
+        """What the forward pass computes with: one tensor, or gate and up of fused experts.
+
+        Raises:
+            NonFiniteError: NaN or infinity, with the parameter's name.
+        """
+        return tuple(
+            quantize(part, self.recipe, name=self.name)
+            for part in parts_of(
+                self.name.rpartition(".")[2], self.parameter.detach().to(self.dtype)
+            )
+        )
+
+
+def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
+    """The weights that a model rounds, with their names."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, Quantized):
+            for name in weights_of(module):
+                parameter = module._parameters[name]
+                assert parameter is not None
+                full = f"{prefix}.{name}" if prefix else name
+                dtype = module._dtype or parameter.dtype
+                yield QuantizedParameter(full, parameter, module, module.recipe, dtype)
+
+
+def drop_cache(model: nn.Module) -> None:
+    """Forget rounded weights, after a change that torch does not count (through `.data`)."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module._rounded.clear()
+
+
+@contextlib.contextmanager
+def high_precision(model: nn.Module) -> Iterator[None]:
+    """Compute with the master weights inside, as if nothing had been converted."""
+    modules = [module for module in model.modules() if isinstance(module, Quantized)]
+    before = [module._rounding for module in modules]
+    try:
+        for module in modules:
+            module._rounding = False
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module._rounding = was
+
+
+_Round = Callable[[Tensor], QTensor]
+
+
+class _Steps:
+    """Counts the steps of all optimizers, from the first conversion on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._counting = False
+
+    def start(self) -> None:
+        if not self._counting:
+            register_optimizer_step_post_hook(self._step)
+            self._counting = True
+
+    def _step(self, *_: Any) -> None:
+        self.count += 1
+
+
+_STEPS = _Steps()
+
+
+class Quantized(nn.Module):
+    """What converted modules have in common."""
+
+    recipe: Recipe
+    _path: str
+    _dtype: torch.dtype | None
+    _rounded: dict[str, tuple[tuple[int, ...], Any]]
+    _rounding: bool
+    _above: tuple[weakref.ref[nn.Module], ...]
+
+    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, _Round], Any]) -> Any:
+        """What `make` makes of the weight that is computed with, once for each version of it.
+
+        NaN is looked for then too. Where nothing is kept, it comes out of the forward pass.
+        """
+        dtype, kind = self._dtype or weight.dtype, weight.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+            raise SettingError(
+                f"{self._path} runs under autocast to {torch.get_autocast_dtype(kind)} and rounds "
+                f"{dtype}, other numbers; expected convert_(..., dtype=torch.bfloat16), say"
+            )
+        seen = weight.detach().to(dtype)
+        if torch.compiler.is_compiling() or self._sharded():
+            return make(seen, lambda part: _encode(part, self.recipe, "weight", "auto"))
+        # The version counts changes in place, and the steps those of optimizers on shards.
+        version = (_STEPS.count, weight._version, weight.data_ptr())
+        if name not in self._rounded or self._rounded[name][0] != version:
+            full = f"{self._path}.{name}" if self._path else name
+            made = make(seen, lambda part: quantize(part, self.recipe, name=full))
+            self._rounded[name] = (version, made)
+        return self._rounded[name][1]
+
+    def _sharded(self) -> bool:
+        # A rank that keeps a gathered weight, rounded, has not sharded it.
+        return any(
+            type(module).__name__.startswith("FSDP")
+            for module in (ref() for ref in self._above)
+            if module is not None
+        )
+
+    def _fake(self, name: str, weight: Tensor) -> Tensor:
+        """The rounded weight, with the master weight's gradient."""
+
+        def make(seen: Tensor, round_: _Round) -> Tensor:
+            parts = [round_(part).dequantize(seen.dtype) for part in parts_of(name, seen)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+        out: Tensor = _Through.apply(weight, self._cached(weight, name, make))
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_rounded": {}, "_above": ()}
+
+
+class _Through(torch.autograd.Function):
+    """The second tensor, with the gradient going to the first, in its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+class QuantizedLinear(Quantized, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if self._rounding and isinstance(self.recipe, BlockFP8):
+            rounded = self._cached(self.weight, "weight", lambda seen, round_: round_(seen))
+            return linear(input, self.weight, self.recipe, bias=self.bias, quantized_weight=rounded)
+        weight = self._fake("weight", self.weight) if self._rounding else self.weight
+        out: Tensor = F.linear(input, weight, self.bias)
+        return out
+
+
+class QuantizedExperts(Quantized):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._rounding:
+            return super().forward(*args, **kwargs)
+        if isinstance(self.recipe, BlockFP8):
+            return self._in_fp8(*args, **kwargs)
+        names = list(weights_of(self))
+        try:
+            for name in names:
+                # An attribute of the instance hides the parameter of that name.
+                vars(self)[name] = self._fake(name, getattr(self, name))
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in names:
+                vars(self).pop(name, None)
+
+    def _in_fp8(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Rows sorted by expert, two grouped GEMMs, and a weighted sum over a token's experts."""
+        module: Any = self
+        topk = ids_TK.shape[-1]
+        sorted_ids, order = ids_TK.flatten().sort(stable=True)
+        experts = torch.arange(module.num_experts, device=ids_TK.device)
+        ends_E = torch.searchsorted(sorted_ids, experts, right=True)
+        rows = self._grouped(
+            "gate_up_proj" if module.has_gate else "up_proj", hidden_TD[order // topk], ends_E
+        )
+        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        rows = self._grouped("down_proj", rows, ends_E)
+        rows = rows * weights_TK.flatten()[order, None]
+        back = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        return rows[back].view(*ids_TK.shape, -1).sum(1).to(hidden_TD.dtype)
+
+    def _grouped(self, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
+        assert isinstance(self.recipe, BlockFP8)
+        weight = getattr(self, name)
+        rounded = self._cached(weight, name, lambda seen, round_: round_(seen))
+        return grouped_linear(rows, weight, ends_E, self.recipe, quantized_weight=rounded)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def convert_module(
+    module: nn.Module,
+    recipe: Recipe,
+    path: str,
+    dtype: torch.dtype | None,
+    above: tuple[nn.Module, ...],
+) -> None:
+    _STEPS.start()
+    base = type(module)
+    if base not in _CLASSES:
+        kind = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedExperts
+        _CLASSES[base] = type(f"Quantized{base.__name__}", (kind, base), {})
+    module.__class__ = _CLASSES[base]
+    vars(module).update(
+        recipe=recipe,
+        _path=path,
+        _dtype=dtype,
+        _rounded={},
+        _rounding=True,
+        _above=tuple(weakref.ref(one) for one in (*above, module)),
+    )
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a linear, or of fused experts: parameters of three dimensions."""
+    if isinstance(module, nn.Linear):
+        return {"weight": module.weight}
+    found: dict[str, Tensor] = {}
+    for name in EXPERTS:
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.ndim == 3:
+            found[name] = parameter
+    return found
+
+
+def parts_of(name: str, weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight as checkpoints have it: gate and up apart, so that blocks begin with each."""
+    return weight.chunk(2, -2) if name == FUSED_HALVES else (weight,)
