@@ -38,10 +38,12 @@ def refused_together(groups: Sequence[ProcessGroup], device: torch.device) -> It
         yield
     except MilesError as refused:
         error = refused
-    num_refused = sum_over(torch.tensor(int(error is not None), device=device), groups)
+    num_refused = 0
+    if groups:
+        num_refused = int(sum_over(torch.tensor(int(error is not None), device=device), groups))
     if error is not None:
         raise error
-    if groups and num_refused > 0:
+    if num_refused:
         raise SettingError(
             "another rank refused its part of this step, for a reason that its own error tells; "
             "expected usable input on every rank"

@@ -484,3 +484,11 @@ def test_equal_rewards_of_a_whole_batch_give_exactly_zero_without_a_baseline():
 def test_settings_that_would_turn_signs_are_refused(settings):
     with pytest.raises(SettingError):
         group_advantages(torch.rand(4), torch.tensor([0, 0, 1, 1]), **settings)
+
+
+def test_without_a_baseline_equal_rewards_are_0_only_under_a_scale_of_the_group():
+    rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    for scale, zeroed in (("group_std", True), ("group_mean", True), ("batch_std", False),
+                          ("none", False)):  # fmt: skip
+        got = group_advantages(rewards, groups, baseline="none", scale=scale)
+        assert (got[:2] == 0).all() == zeroed and got[2] > 0
