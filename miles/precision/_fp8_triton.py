@@ -44,8 +44,14 @@ def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> Encoded:
 def encode_pair(tensor: Tensor, recipe: BlockFP8, role: Role) -> tuple[Encoded, Encoded]:
     """Codes and scales of a matrix, and those of its transpose, each as `encode` has them.
 
-    Activations and gradients are `[M, K]`, weights `[..., M, K]`. Device memory is read once.
+    Activations and gradients are `[M, K]`, weights `[..., M, K]`. Device memory is read once, but
+    for float32: its transposed codes come out wrong where Triton 3.6 stores them beside the others.
     """
+    if tensor.dtype == torch.float32:
+        first = encode(tensor, recipe, role)
+        if role == "weight":
+            return first, (first[0].mT.contiguous(), first[1].mT.contiguous())
+        return first, encode(tensor.t().contiguous(), recipe, role)
     both = (
         _squares(tensor, recipe, turned=True)
         if role == "weight"
