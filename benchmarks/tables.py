@@ -94,6 +94,35 @@ def quantise() -> str:
     return "\n".join(lines)
 
 
+def fp8_linear() -> str:
+    """Microseconds of a linear, and its speed against bf16's and against the bare FP8 GEMM's."""
+    lines = [
+        "| hardware, date | M x N x K | pass | what | us | times bf16 | of the bare GEMM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("fp8_linear"):
+        bare = f"{float(row['of_bare']):.0%}" if row["of_bare"] else ""
+        what = " | ".join(row[name] for name in ("shape", "pass", "kernel"))
+        lines.append(
+            f"| {row['device']}, {row['date']} | {what} | {float(row['us']):,.0f} | "
+            f"{float(row['of_bf16']):.2f} | {bare} |"
+        )
+    return "\n".join(lines)
+
+
+def precision_sglang() -> str:
+    """The log-prob gap between a server with FP8 weights and trainers."""
+    lines = [
+        "| hardware, date, engine | trainer | tokens | mean gap | p99 | max | k3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("precision_sglang"):
+        numbers = (f"{float(row[name]):.2g}" for name in ("mean", "p99", "max", "k3"))
+        where = f"{row['hardware']}, {row['date']}, {row['engine']}"
+        lines.append(f"| {where} | {row['trainer']} | {row['tokens']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
 def quantisers() -> str:
     """What other block-FP8 quantisers change of ours, and what their floors leave of gradients."""
     sigmas = ("1e-04", "1e-06", "1e-07", "1e-08", "1e-09")
@@ -233,10 +262,12 @@ def routing_sglang() -> str:
 
 TABLES = {
     "engine_throughput": engine_throughput,
+    "fp8_linear": fp8_linear,
     "int4_rules": int4_rules,
     "losses": losses,
     "losses_of_heads": losses_of_heads,
     "memory": memory,
+    "precision_sglang": precision_sglang,
     "quantise": quantise,
     "quantisers": quantisers,
     "refused_routers": refused_routers,

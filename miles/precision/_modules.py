@@ -156,6 +156,20 @@ class Quantized(nn.Module):
             self._rounded[name] = (version, made)
         return self._rounded[name][1]
 
+    def _kept(self, weight: Tensor, name: str) -> dict[str, Any]:
+        """What the GEMMs of block FP8 need not make in every call, if anything is kept."""
+        if torch.compiler.is_compiling() or self._sharded():
+            return {}
+        backward = weight.is_cuda and getattr(self.recipe, "dgrad", None) == "fp8"
+
+        def make(seen: Tensor, round_: _Round) -> dict[str, Any]:
+            rounded = round_(seen)
+            turned = rounded.t() if backward else None
+            return {"quantized_weight": rounded, "transposed_weight": turned}
+
+        kept: dict[str, Any] = self._cached(weight, name, make)
+        return kept
+
     def _sharded(self) -> bool:
         # A rank that keeps a gathered weight, rounded, has not sharded it.
         return any(
@@ -238,8 +252,8 @@ class QuantizedExperts(Quantized):
     def _grouped(self, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
         assert isinstance(self.recipe, BlockFP8)
         weight = getattr(self, name)
-        rounded = self._cached(weight, name, lambda seen, round_: round_(seen))
-        return grouped_linear(rows, weight, ends_E, self.recipe, quantized_weight=rounded)
+        kept = self._kept(weight, name)
+        return grouped_linear(rows, weight, ends_E, self.recipe, **kept)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
