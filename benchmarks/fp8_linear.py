@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from miles.precision import BlockFP8, _gemm, quantize
 from miles.precision.backends import Gemm, explain, refusal
-from miles.precision.linear import linear
+from miles.precision.linears import linear
 
 SHAPES = [(4096, 7168, 16384), (8192, 4096, 7168)]
 FIELDS = ["device", "torch", "triton", "date", "commit", "shape", "pass", "kernel"]

@@ -2,8 +2,8 @@
 
 from miles.precision._fp8 import PROFILES
 from miles.precision.compatibility import check_compatible
-from miles.precision.export import export, quantization_config
-from miles.precision.linear import grouped_linear, linear
+from miles.precision.exporting import export, quantization_config
+from miles.precision.linears import grouped_linear, linear
 from miles.precision.loading import LoadReport, ParityReport, load, verify_parity
 from miles.precision.modules import (
     ConversionReport,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from miles.errors import SettingError
-from miles.precision.linear import grouped_linear, linear
+from miles.precision.linears import grouped_linear, linear
 from miles.precision.quantize import QTensor, _encode, quantize
 from miles.precision.recipes import BlockFP8, Recipe
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from miles.errors import CheckpointError
 from miles.precision import _places, _storage
 from miles.precision._modules import drop_cache
-from miles.precision.export import Plan
+from miles.precision.exporting import Plan
 from miles.precision.quantize import QTensor
 from miles.precision.recipes import Recipe
 

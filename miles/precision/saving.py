@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from miles.errors import CheckpointError, SettingError
-from miles.precision.export import export, quantization_config
+from miles.precision.exporting import export, quantization_config
 
 __all__ = ["save"]
 

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from miles.errors import CheckpointError
 from miles.precision import Int4
-from miles.precision.export import export
+from miles.precision.exporting import export
 from miles.precision.loading import load, verify_parity
 from miles.precision.modules import convert_
 from miles.precision.saving import save

@@ -9,7 +9,7 @@ from miles.errors import SettingError, ShapeError
 from miles.precision import BlockFP8, _gemm, quantize
 from miles.precision.backends import Gemm as GemmSizes
 from miles.precision.backends import explain, refusal
-from miles.precision.linear import grouped_linear, linear
+from miles.precision.linears import grouped_linear, linear
 
 BFLOAT16 = 3e-3
 """Relative RMS of two results, each rounded to 8 bits (1.2e-3 of uniform rounding, each), of sums

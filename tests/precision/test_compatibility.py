@@ -5,7 +5,7 @@ import pytest
 from miles.errors import SettingError
 from miles.precision import MXFP8, NVFP4, BlockFP8, Int4
 from miles.precision.compatibility import check_compatible
-from miles.precision.export import quantization_config
+from miles.precision.exporting import quantization_config
 from miles.precision.modules import convert_
 from tests.precision.checkpoints import tiny
 

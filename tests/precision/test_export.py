@@ -12,7 +12,7 @@ from miles.errors import CheckpointError, NonFiniteError, SettingError, Unsuppor
 from miles.precision import MXFP8, NVFP4, BlockFP8, Int4, _storage, quantize
 from miles.precision._int4 import unpack
 from miles.precision._modules import QuantizedParameter, quantized_parameters
-from miles.precision.export import export, quantization_config
+from miles.precision.exporting import export, quantization_config
 from miles.precision.modules import convert_
 from miles.precision.saving import save
 from tests.precision.checkpoints import FAMILIES, OTHERS, same_bits, tiny
@@ -59,7 +59,7 @@ def test_block_borders_begin_with_each_half_where_128_does_not_divide_it(tmp_pat
     weight = model.get_parameter(name)
     rounded = QuantizedParameter(name, weight, model, BlockFP8(), weight.dtype)
     # `convert_` leaves such experts alone, since grouped GEMMs want whole blocks.
-    monkeypatch.setattr("miles.precision.export.quantized_parameters", lambda _: iter([rounded]))
+    monkeypatch.setattr("miles.precision.exporting.quantized_parameters", lambda _: iter([rounded]))
     ours = dict(export(model))
     up = "model.layers.1.mlp.experts.2.up_proj.weight"
     q = quantize(plain[up], BlockFP8())

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from miles.errors import DtypeError, SettingError, ShapeError
 from miles.precision import BlockFP8, Int4, quantize
-from miles.precision.linear import grouped_linear, linear
+from miles.precision.linears import grouped_linear, linear
 from tests.precision.data import tensor
 
 MODES = ("fp8", "dequant", "bf16")

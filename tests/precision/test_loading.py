@@ -11,7 +11,7 @@ from torch import nn
 
 from miles.errors import CheckpointError
 from miles.precision import MXFP8, NVFP4, BlockFP8, Int4, fake_quantize
-from miles.precision.export import export, quantization_config
+from miles.precision.exporting import export, quantization_config
 from miles.precision.loading import load, verify_parity
 from miles.precision.modules import convert_
 from miles.precision.saving import save
@@ -437,7 +437,7 @@ def test_transformers_reads_compressed_tensors_as_we_do(compressed_tensors, buil
 def test_importing_the_package_loads_no_transformers():
     out = in_fresh_python("""
         import sys
-        import miles.precision.export, miles.precision.loading, miles.precision.saving
+        import miles.precision.exporting, miles.precision.loading, miles.precision.saving
         import miles.precision.compatibility
         print([name for name in ("transformers", "safetensors", "triton") if name in sys.modules])
         """)

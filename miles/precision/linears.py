@@ -74,7 +74,7 @@ def linear(
     Example:
         >>> import torch
         >>> from miles.precision import BlockFP8
-        >>> from miles.precision.linear import linear
+        >>> from miles.precision.linears import linear
         >>> x, weight = torch.ones(2, 128), torch.full((3, 128), 0.5, requires_grad=True)
         >>> linear(x, weight, BlockFP8(), bias=torch.ones(3))
         tensor([[65., 65., 65.],
@@ -124,7 +124,7 @@ def grouped_linear(
     Example:
         >>> import torch
         >>> from miles.precision import BlockFP8
-        >>> from miles.precision.linear import grouped_linear
+        >>> from miles.precision.linears import grouped_linear
         >>> weight = torch.stack([torch.ones(1, 128), torch.full((1, 128), 2.0)])
         >>> grouped_linear(torch.ones(3, 128), weight, torch.tensor([1, 3]), BlockFP8())
         tensor([[128.],
