@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
+from quantise import medians
 from torch import Tensor, nn
 
 from miles.precision import BlockFP8, _gemm, quantize
@@ -42,23 +43,6 @@ class Config:
     """Timed calls of each, in turns."""
     out: Path = Path("benchmarks/results/fp8_linear.csv")
     """The CSV, written anew."""
-
-
-def medians(calls: Calls, repeats: int) -> dict[str, float]:
-    """Microseconds, each call in its turn, the cache flushed between."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 3):
-        for name, call in calls.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if turn >= 3:
-                times[name].append(1000 * start.elapsed_time(end))
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
 def backends(m: int, n: int, k: int) -> list[str]:
@@ -84,7 +68,7 @@ def torchao(weight: Tensor, **keywords: object) -> nn.Module | None:
     """Its prototype of this layer."""
     try:
         from torchao.prototype.blockwise_fp8_training.linear import Float8BlockwiseLinear
-    except Exception as error:
+    except Exception as error:  # a prototype; whatever it raises, the row is left out and named
         print(f"without torchao: {type(error).__name__}: {error}")
         return None
     n, k = weight.shape
@@ -99,7 +83,7 @@ def works(name: str, call: Callable[[], object]) -> bool:
     try:
         call()
         torch.cuda.synchronize()
-    except Exception as error:
+    except Exception as error:  # of a rival or a compiler; the row is left out and named
         print(f"without {name}: {type(error).__name__}: {str(error)[:200]}")
         return False
     return True

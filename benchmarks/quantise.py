@@ -162,6 +162,7 @@ def main(config: Config) -> None:
                 }
                 writer.writerow(base | row)
                 print(row)
+            file.flush()  # a run that is cut keeps the shapes it has measured
 
 
 if __name__ == "__main__":

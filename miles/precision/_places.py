@@ -168,7 +168,9 @@ def _places(
     }
     try:
         found = revert(numbered)
-    except Exception:  # what needs the true shape of some weight
+    except Exception:
+        # An operation of transformers that needs a weight's true shape raises whatever it does. Then
+        # all weights go the slower way, by element numbers, where an error is not caught.
         found = {}
     places, scattered = [], set(names) if not found else set()
     for name, rows in found.items():

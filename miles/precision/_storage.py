@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,8 +209,8 @@ def _int4_kind(parts: Mapping[str, Spec], shape: Shape) -> tuple[Recipe, dict[st
     groups = scale.shape[-1] if len(scale.shape) == 2 else 0
     size = shape[1] // groups if groups and shape[1] % groups == 0 else 0
     size = size if size and size % 8 == 0 else 32
-    dtype = _SCALES[scale.dtype]
-    recipe = Int4(group_size=size, scale_dtype=dtype)  # type: ignore[arg-type]
+    dtype: Any = _SCALES[scale.dtype]  # one of the names that Int4 takes
+    recipe = Int4(group_size=size, scale_dtype=dtype)
     return recipe, {
         "weight_packed": (shape[0], shape[1] // 8),
         "weight_scale": (shape[0], shape[1] // size),

@@ -60,8 +60,8 @@ class BlockFP8(_Serialisable):
     """
 
     scale: Literal["fp32", "ue8m0"] = "fp32"
-    """Any float32, or the power of two at or above it. Has to be that of the engine: a trainer with
-    one and an engine with the other disagree more than bf16 and FP8 do."""
+    """Any float32, or the power of two at or above it. Has to be that of the engine, or every block
+    is rounded to another grid."""
     store: Literal["float32", "float8_e8m0fnu"] = "float32"
     """How power-of-two scales are stored. DeepSeek-V3.1 stores them as float32."""
     profile: Literal["te", "deepgemm", "sglang", "vllm", "hf"] = "te"

@@ -36,7 +36,7 @@ def names():
     old, r = new + 0.1, torch.rand(S, generator=rng)
     student_TV, teacher_TV = torch.randn(2, T, V, generator=rng)
     teacher_TK, ids_TK = teacher_TV.log_softmax(-1).topk(3)
-    w, l, ref_w, ref_l = -torch.rand(4, 2, generator=rng) - 0.1  # noqa: E741
+    pairs = {name: -torch.rand(2, generator=rng) - 0.1 for name in ("w", "l", "ref_w", "ref_l")}
     rewards_T = terminal_rewards(r, packed)
     mine = {
         "x": log_ratio(new, old, packed), "A": packed.per_token(group_advantages(r, g)),
@@ -46,7 +46,7 @@ def names():
         "entropy_T": -new, "ids_T": token_ids(packed, torch.arange(S)), "torch": torch,
         "count": count, "presets": presets,
     }  # fmt: skip
-    return {name: getattr(losses, name) for name in losses.__all__} | locals() | mine
+    return {name: getattr(losses, name) for name in losses.__all__} | locals() | pairs | mine
 
 
 @pytest.mark.parametrize("code", list(lines_of_code()))

@@ -1,0 +1,447 @@
+"""The public surface, written out: whoever changes it changes this file on purpose."""
+
+ALL = {
+    "miles": [
+        "Denominators",
+        "MilesError",
+        "Packed",
+        "Sample",
+        "__version__",
+        "count",
+        "errors",
+        "losses",
+        "moe",
+        "pack",
+        "rollout",
+        "sync",
+        "unpack",
+    ],
+    "miles.losses": [
+        "ArgMax",
+        "Correction",
+        "CovarianceStatistics",
+        "Ess",
+        "ExpMean",
+        "LogMeanExp",
+        "LogprobOutput",
+        "Max",
+        "MaxStaleness",
+        "Mean",
+        "Metric",
+        "Metrics",
+        "Nucleus",
+        "OffPolicyNegative",
+        "Preference",
+        "Reject",
+        "Surrogate",
+        "Weight",
+        "aggregate",
+        "cispo",
+        "clip_cov",
+        "covariance_statistics",
+        "discounted_returns",
+        "distill_advantages",
+        "dpo",
+        "dppo",
+        "dro",
+        "entropy_quantile_mask",
+        "gae",
+        "generalized_jsd",
+        "gmpo",
+        "group_advantages",
+        "icepop",
+        "importance_weights",
+        "interpolate_proximal",
+        "ipo",
+        "keep_untruncated",
+        "kl_cov",
+        "kl_penalty",
+        "length_adaptive_lambda",
+        "linear_logprobs",
+        "log_ratio",
+        "masked_is",
+        "mean_over",
+        "mismatch_metrics",
+        "multi_reward_advantages",
+        "nll",
+        "orpo",
+        "passk_advantages",
+        "policy_loss",
+        "policy_loss_backend",
+        "ppo_clip",
+        "presets",
+        "reduce_metrics",
+        "reinforce",
+        "sapo",
+        "sequence_logprobs",
+        "simpo",
+        "soft_overlong_penalty",
+        "terminal_rewards",
+        "token_ids",
+        "token_logprobs",
+        "token_weights",
+        "topk_distillation",
+        "truncated_is",
+        "value_loss",
+        "vespo",
+        "veto",
+        "whiten",
+    ],
+    "miles.losses.presets": [
+        "cispo",
+        "dapo",
+        "decoupled_ppo",
+        "dr_grpo",
+        "gmpo",
+        "grpo",
+        "gspo",
+        "gspo_token",
+        "on_policy_distillation",
+        "ppo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "rloo",
+        "sapo",
+        "vapo",
+    ],
+    "miles.moe": [
+        "REFUSED",
+        "ROUTER_FAMILIES",
+        "MegatronReplay",
+        "RouterFamily",
+        "RoutingPlan",
+        "RoutingReplay",
+        "RoutingSpan",
+        "RoutingTape",
+        "batch_first",
+        "discover",
+        "equal_sets",
+        "for_context_parallel",
+        "for_pipeline",
+        "for_sequence_parallel",
+        "routing_agreement",
+        "self_test",
+        "sequence_first",
+        "share_prefix",
+        "storage_bytes",
+    ],
+    "miles.rollout": [
+        "EngineProcess",
+        "HFEngine",
+        "RolloutEngine",
+        "Sample",
+        "SamplingParams",
+        "Span",
+        "Status",
+        "TrainBatch",
+        "collate",
+    ],
+    "miles.precision": [
+        "MXFP8",
+        "NVFP4",
+        "PROFILES",
+        "BlockFP8",
+        "ConversionReport",
+        "ConvertedModule",
+        "Int4",
+        "LoadReport",
+        "ModuleReading",
+        "ParityReport",
+        "QTensor",
+        "QuantizationReport",
+        "QuantizedParameter",
+        "Recipe",
+        "Role",
+        "check_compatible",
+        "convert_",
+        "drop_cache",
+        "export",
+        "fake_quantize",
+        "grouped_linear",
+        "high_precision",
+        "linear",
+        "load",
+        "quantization_config",
+        "quantization_report",
+        "quantize",
+        "quantize_pair",
+        "quantized_parameters",
+        "recipe_from_dict",
+        "save",
+        "verify_parity",
+    ],
+    "miles.sync": [
+        "InProcessSyncer",
+        "SharedMemoryReceiver",
+        "SharedMemorySyncer",
+        "SyncReport",
+        "WeightSyncer",
+        "WeightTarget",
+    ],
+    "miles.errors": [
+        "CheckpointError",
+        "DenominatorError",
+        "DtypeError",
+        "EmptyBatchError",
+        "EngineDiedError",
+        "EngineError",
+        "MilesError",
+        "MissingExtraError",
+        "MissingLogprobError",
+        "NonFiniteError",
+        "PromptTooLongError",
+        "RewardError",
+        "RoutingError",
+        "SettingError",
+        "ShapeError",
+        "StopTokenError",
+        "SyncError",
+        "UnsupportedModelError",
+    ],
+}
+
+# Positional parameters, then "*", then those that are keyword-only.
+PARAMETERS = {
+    "miles.precision.check_compatible": "trainer engine_config * modules",
+    "miles.precision.convert_": "model rules * dtype ragged",
+    "miles.precision.drop_cache": "model",
+    "miles.precision.export": "model",
+    "miles.precision.fake_quantize": "tensor recipe * role name",
+    "miles.precision.grouped_linear": (
+        "x weight ends recipe * backend quantized_weight transposed_weight"
+    ),
+    "miles.precision.high_precision": "model",
+    "miles.precision.linear": "x weight recipe * bias backend quantized_weight transposed_weight",
+    "miles.precision.load": "model path",
+    "miles.precision.quantization_config": "model",
+    "miles.precision.quantization_report": "model batch * targets match",
+    "miles.precision.quantize": "tensor recipe * role name backend",
+    "miles.precision.quantize_pair": "tensor recipe * role name backend",
+    "miles.precision.quantized_parameters": "model",
+    "miles.precision.recipe_from_dict": "values",
+    "miles.precision.save": "model path * max_shard_bytes write",
+    "miles.precision.verify_parity": "model path",
+    "miles.precision.BlockFP8": "* scale store profile fprop dgrad wgrad",
+    "miles.precision.Int4": "* group_size scale_dtype divisor lowest",
+    "miles.Packed": "* seq_ids_T mask_T num_seqs group_ids_S positions_T seq_group",
+    "miles.Packed.from_padded": "mask_BL group_ids_B * seq_group",
+    "miles.Packed.from_cu_seqlens": "cu_seqlens_S1 mask_T group_ids_S * seq_group",
+    "miles.Packed.to": "self device",
+    "miles.Denominators": "* num_tokens num_seqs num_groups group_tokens_G counted_keep",
+    "miles.Denominators.to": "self device",
+    "miles.count": "packed * keep_T group",
+    "miles.losses.ArgMax": "largest sequence position",
+    "miles.losses.Correction": "weights_T keep_T metrics",
+    "miles.losses.Correction.only": "keep_T",
+    "miles.losses.Correction.split": "self lengths",
+    "miles.losses.Correction.to": "self device",
+    "miles.losses.CovarianceStatistics": (
+        "* mean_advantage mean_logprob threshold tie_limit draw_limit cov_min cov_max seed"
+    ),
+    "miles.losses.Ess": "total squares count",
+    "miles.losses.ExpMean": "total count",
+    "miles.losses.LogMeanExp": "largest scaled count",
+    "miles.losses.LogprobOutput": "logprobs entropy",
+    "miles.losses.Max": "largest",
+    "miles.losses.MaxStaleness": "limit",
+    "miles.losses.Mean": "total count",
+    "miles.losses.Nucleus": "ids_K offsets_T1",
+    "miles.losses.OffPolicyNegative": "* delta",
+    "miles.losses.Preference": "loss_P margin_P",
+    "miles.losses.Reject": "* level statistic low high",
+    "miles.losses.Surrogate": "loss_T clipped_low_T clipped_high_T",
+    "miles.losses.Weight": "* level mode low high",
+    "miles.losses.aggregate": (
+        "loss_T packed denominators * mode weights_T keep_T count_rejected constant averaged_over"
+    ),
+    "miles.losses.cispo": "logprobs_T log_ratio_T advantages_T packed * ratio_min ratio_max",
+    "miles.losses.clip_cov": (
+        "logprobs_T log_ratio_T advantages_T packed * statistics token_ids_T ratio_min ratio_max"
+    ),
+    "miles.losses.covariance_statistics": (
+        "logprobs_T advantages_T packed * token_ids_T share cov_min cov_max seed group"
+    ),
+    "miles.losses.discounted_returns": "rewards_T packed * gamma",
+    "miles.losses.distill_advantages": (
+        "student_logprobs_T teacher_logprobs_T packed * coef base_advantages_T center group"
+    ),
+    "miles.losses.dpo": (
+        "chosen_logprobs_P rejected_logprobs_P ref_chosen_P ref_rejected_P * beta label_smoothing"
+    ),
+    "miles.losses.dppo": (
+        "logprobs_T log_ratio_T advantages_T packed * rollout_logprobs_T kind delta ratio_cap"
+    ),
+    "miles.losses.dro": "logprobs_T log_ratio_T advantages_T packed * beta",
+    "miles.losses.entropy_quantile_mask": "entropy_T packed * share group",
+    "miles.losses.gae": "rewards_T values_T packed * gamma lam lam_value",
+    "miles.losses.generalized_jsd": "student_logits_TV teacher_logits_TV packed * beta temperature",
+    "miles.losses.gmpo": "log_ratio_T advantages_T packed * log_min log_max",
+    "miles.losses.group_advantages": (
+        "rewards_S group_ids_S * baseline scale ddof eps singleton lengths_S group"
+    ),
+    "miles.losses.icepop": "old_logprobs_T rollout_logprobs_T packed * low high",
+    "miles.losses.importance_weights": (
+        "old_logprobs_T rollout_logprobs_T packed * weight reject normalize group advantages_T "
+        "versions_T current_version"
+    ),
+    "miles.losses.interpolate_proximal": (
+        "behave_logprobs_T current_logprobs_T packed * versions_T proximal_version current_version"
+    ),
+    "miles.losses.ipo": "chosen_logprobs_P rejected_logprobs_P ref_chosen_P ref_rejected_P * beta",
+    "miles.losses.keep_untruncated": "truncated_S packed",
+    "miles.losses.kl_cov": (
+        "logprobs_T log_ratio_T advantages_T packed * statistics token_ids_T kl_coef"
+    ),
+    "miles.losses.kl_penalty": "logprobs_T ref_logprobs_T packed * value grad",
+    "miles.losses.length_adaptive_lambda": "packed_or_lengths * alpha",
+    "miles.losses.linear_logprobs": (
+        "hidden_TD weight_VD targets_T * temperature bias softcap entropy keep vocab_group backend"
+    ),
+    "miles.losses.log_ratio": "new_T old_T packed * level",
+    "miles.losses.masked_is": "old_logprobs_T rollout_logprobs_T packed * low high level",
+    "miles.losses.mean_over": "values_T mask_T",
+    "miles.losses.mismatch_metrics": (
+        "train_logprobs_T rollout_logprobs_T packed * versions_T position_buckets current_version "
+        "age_buckets sample_ids_S"
+    ),
+    "miles.losses.multi_reward_advantages": (
+        "rewards_SR group_ids_S * weights_R how final ddof eps group"
+    ),
+    "miles.losses.nll": "logprobs_T packed",
+    "miles.losses.orpo": "chosen_mean_P rejected_mean_P * lam",
+    "miles.losses.passk_advantages": "rewards_S group_ids_S * k threshold",
+    "miles.losses.policy_loss": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * mode constant ratio_min "
+        "ratio_max dual_clip correction count_rejected ref_logprobs_T kl_coef averaged_over "
+        "backend"
+    ),
+    "miles.losses.policy_loss_backend": "logprobs_T * backend",
+    "miles.losses.ppo_clip": "log_ratio_T advantages_T * ratio_min ratio_max dual_clip",
+    "miles.losses.reduce_metrics": "parts * group",
+    "miles.losses.reinforce": "logprobs_T advantages_T packed",
+    "miles.losses.sapo": "log_ratio_T advantages_T * tau_pos tau_neg",
+    "miles.losses.sequence_logprobs": "logprobs_T packed * mean",
+    "miles.losses.simpo": "chosen_mean_P rejected_mean_P * beta gamma",
+    "miles.losses.soft_overlong_penalty": "lengths_S * max_length buffer factor",
+    "miles.losses.terminal_rewards": "rewards_S packed",
+    "miles.losses.token_ids": "packed sequence_ids_S",
+    "miles.losses.token_logprobs": "logits_TV targets_T * temperature vocab_group",
+    "miles.losses.token_weights": (
+        "packed denominators * mode weights_T keep_T count_rejected constant averaged_over"
+    ),
+    "miles.losses.topk_distillation": (
+        "student_logits_TV teacher_logprobs_TK teacher_ids_TK packed * kind tail"
+    ),
+    "miles.losses.truncated_is": "old_logprobs_T rollout_logprobs_T packed * high",
+    "miles.losses.value_loss": "values_T old_values_T returns_T packed * clip",
+    "miles.losses.vespo": (
+        "logprobs_T log_ratio_T advantages_T packed * k_pos lam_pos k_neg lam_neg log_weights_T"
+    ),
+    "miles.losses.veto": "threshold",
+    "miles.losses.whiten": "values_T mask_T * group ddof eps mean",
+    "miles.losses.presets.cispo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.dapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.decoupled_ppo": (
+        "logprobs_T proximal_logprobs_T advantages_T packed denominators * correction "
+        "count_rejected ratio_min ratio_max averaged_over"
+    ),
+    "miles.losses.presets.dr_grpo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * max_tokens ratio_min "
+        "ratio_max correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.gmpo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * log_min log_max correction "
+        "count_rejected averaged_over"
+    ),
+    "miles.losses.presets.grpo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected ref_logprobs_T kl_coef averaged_over"
+    ),
+    "miles.losses.presets.gspo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.gspo_token": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.on_policy_distillation": (
+        "logprobs_T teacher_logprobs_T packed denominators * coef correction count_rejected "
+        "averaged_over"
+    ),
+    "miles.losses.presets.ppo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * values_T old_values_T "
+        "returns_T value_coef value_clip ratio_min ratio_max dual_clip correction count_rejected "
+        "averaged_over"
+    ),
+    "miles.losses.presets.reinforce_plus_plus": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.reinforce_plus_plus_baseline": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * ratio_min ratio_max "
+        "correction count_rejected ref_logprobs_T kl_coef averaged_over"
+    ),
+    "miles.losses.presets.rloo": (
+        "logprobs_T advantages_T packed denominators * correction count_rejected averaged_over"
+    ),
+    "miles.losses.presets.sapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * tau_pos tau_neg correction "
+        "count_rejected averaged_over"
+    ),
+    "miles.losses.presets.vapo": (
+        "logprobs_T old_logprobs_T advantages_T packed denominators * right_S right_denominators "
+        "nll_coef ratio_min ratio_max correction count_rejected averaged_over"
+    ),
+    "miles.moe.RoutingTape": "expert_ids * num_experts spans",
+    "miles.moe.RoutingTape.cat": "tapes * copy",
+    "miles.moe.RoutingReplay": "model * discover",
+    "miles.moe.RoutingReplay.record": "self",
+    "miles.moe.MegatronReplay": "model * discover",
+    "miles.moe.batch_first": "tape batch_size",
+    "miles.moe.sequence_first": "tape batch_size",
+    "miles.moe.RoutingReplay.prefetch": "self tape",
+    "miles.moe.RoutingReplay.replay": "self tape invalid * required_N record_natural",
+    "miles.moe.RouterFamily": "* router num_experts topk group_limited score_ndim",
+    "miles.moe.equal_sets": "a b",
+    "miles.moe.routing_agreement": "a b",
+    "miles.moe.share_prefix": "tapes num_rows",
+    "miles.moe.storage_bytes": "tapes",
+    "miles.moe.RoutingTape.from_sglang": (
+        "data * num_layers topk moe_layers num_tokens num_experts"
+    ),
+    "miles.moe.RoutingTape.save": "self path",
+    "miles.moe.RoutingTape.load": "path",
+    "miles.moe.RoutingTape.validate": "self * num_tokens request_id",
+    "miles.moe.for_sequence_parallel": "tape rank world_size",
+    "miles.moe.for_context_parallel": "tape cu_seqlens rank world_size",
+    "miles.moe.for_pipeline": "tape layers",
+    "miles.rollout.Sample": (
+        "tokens loss_mask rollout_logprobs reward status spans routing metadata"
+    ),
+    "miles.rollout.Sample.append": "self tokens * logprobs loss_mask weight_version",
+    "miles.rollout.Span": "start end weight_version",
+    "miles.rollout.SamplingParams": "* max_new_tokens temperature stop_token_ids ignore_eos seed",
+    "miles.rollout.collate": "samples * group_ids pad_token_id pad_to_multiple_of",
+    "miles.rollout.HFEngine": (
+        "model * max_batch max_context eos_token_ids record_routing weight_version row_tile "
+        "cuda_graphs"
+    ),
+    "miles.rollout.EngineProcess": "factory args * start_timeout",
+    "miles.rollout.RolloutEngine.generate": "self prompt params * request_id",
+    "miles.rollout.RolloutEngine.abort": "self request_ids",
+    "miles.rollout.RolloutEngine.pause": "self",
+    "miles.rollout.RolloutEngine.resume": "self",
+    "miles.sync.InProcessSyncer": "target",
+    "miles.sync.SharedMemorySyncer": "address * timeout",
+    "miles.sync.SharedMemoryReceiver": "target address",
+    "miles.sync.SyncReport": "* version num_tensors num_bytes copied_bytes seconds",
+    "miles.sync.WeightSyncer.push": "self weights * version",
+    "miles.sync.WeightTarget.commit_weights": "self tensors * version alias",
+}
