@@ -169,8 +169,8 @@ def _places(
     try:
         found = revert(numbered)
     except Exception:
-        # An operation of transformers that needs a weight's true shape raises whatever it does. Then
-        # all weights go the slower way, by element numbers, where an error is not caught.
+        # An operation of transformers that needs a weight's true shape raises whatever it does.
+        # All weights then go the slower way, by element numbers, where an error is not caught.
         found = {}
     places, scattered = [], set(names) if not found else set()
     for name, rows in found.items():
