@@ -21,12 +21,14 @@ docs: .venv/docs
 	$(BIN)/zensical build --clean
 
 bench: .venv/examples
-	$(PIP) --no-deps trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5
+	$(PIP) --no-deps trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5 torchao==0.18.0
 	$(BIN)/python benchmarks/engine_throughput.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/losses_of_heads.py
 	$(BIN)/python benchmarks/routing_bytes.py
 	$(BIN)/python benchmarks/conformance.py
+	$(BIN)/python benchmarks/quantisers.py --commit "$$(git rev-parse --short HEAD)"
+	$(BIN)/python benchmarks/int4_rules.py --commit "$$(git rev-parse --short HEAD)"
 	$(BIN)/python benchmarks/tables.py
 
 # torch first and by exact version, so that nothing else decides which build comes.

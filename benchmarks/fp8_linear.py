@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from quantise import medians
+from routing import synchronize
 from torch import Tensor, nn
 
 from miles.precision import BlockFP8, _gemm, quantize
@@ -48,7 +49,7 @@ class Config:
 def backends(m: int, n: int, k: int) -> list[str]:
     """Fast ones that run here."""
     found = []
-    for name in ("deepgemm", "scaled_mm"):
+    for name in ("deepgemm", "scaled_mm", "triton"):
         sizes = Gemm(
             kind="fprop",
             rows=m,
@@ -82,7 +83,7 @@ def works(name: str, call: Callable[[], object]) -> bool:
     """Whether a call runs; the first one compiles."""
     try:
         call()
-        torch.cuda.synchronize()
+        synchronize()
     except Exception as error:  # of a rival or a compiler; the row is left out and named
         print(f"without {name}: {type(error).__name__}: {str(error)[:200]}")
         return False

@@ -1,16 +1,25 @@
-"""The log-prob gap between an SGLang server with FP8 weights and trainers in bf16 and in FP8.
+r"""The log-prob gap between an SGLang server with rounded weights and trainers with and without.
 
     python benchmarks/precision_sglang.py --device cuda --server-site ~/site
+    python benchmarks/precision_sglang.py --device cuda --server-site ~/site --recipe int4
+    python benchmarks/precision_sglang.py --device cuda --server-site ~/site --recipe int4 \
+        --model ~/trained/dense-int4-master --rounded ~/trained/dense-int4
 
-A Qwen3 with random weights is converted and exported; a real SGLang server loads the directory as
-its config says and samples answers at temperature 1; then the model scores them twice on the same
-device: with its bf16 weights, as a trainer that knows nothing of the engine's rounding, and as it
-was converted, whose weights are bit for bit the server's.
+A model is converted and exported; a real SGLang server loads the directory as its config says and
+samples answers at temperature 1; then the model scores them twice on the same device: with its bf16
+weights, as a trainer that knows nothing of the engine's rounding, and as it was converted, whose
+weights are bit for bit the server's.
+
+The model is a Qwen3 with random weights and prompts of random tokens, or one that
+`precision_curves.py --save` has trained, continuing text that was held out from its training.
+`--rounded` is what was saved of the same weights; it has to agree with them bit for bit. Without it
+the model is rounded here, whatever it was trained in.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,17 +30,26 @@ import routing_sglang as server
 import torch
 import transformers
 import tyro
+from precision_curves import standard_library
 from routing import append, environment
 from torch import Tensor
 
 from miles.losses import token_logprobs
-from miles.precision import BlockFP8, convert_, high_precision, save, verify_parity
+from miles.precision import (
+    BlockFP8,
+    Int4,
+    Recipe,
+    convert_,
+    high_precision,
+    save,
+    verify_parity,
+)
 from miles.rollout import Sample, TrainBatch, collate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """SGLang in FP8 against trainers in bf16 and FP8."""
+    """SGLang with rounded weights against trainers in bf16 and with the same weights."""
 
     device: str = "cuda"
     """Where the trainer runs; a server always takes the GPU."""
@@ -41,18 +59,26 @@ class Config:
     """The server's port."""
     server_seconds: float = 300
     """How long the server may take to start, and then for its first answer."""
+    recipe: Literal["fp8", "int4"] = "fp8"
+    """What is served."""
+    model: Path | None = None
+    """Folder of a model in bf16 over bytes; without one, weights are random."""
+    rounded: Path | None = None
+    """Folder of the same weights as `save` wrote them; without one, they are rounded here."""
     scale: Literal["fp32", "ue8m0"] = "fp32"
-    """Of the weights' scales."""
+    """Of the weights' scales in FP8."""
     profiles: tuple[Literal["te", "deepgemm", "sglang", "vllm", "hf"], ...] = ("sglang", "te")
-    """Ways to round the trainer's activations, each compared."""
+    """Ways to round the trainer's activations in FP8, each compared."""
+    group_size: int = 32
+    """Weights that share a scale in INT4."""
     layers: int = 12
-    """Layers of the model."""
+    """Layers of the random model."""
     hidden: int = 1024
     """Its width."""
     vocabulary: int = 4096
-    """Tokens there are."""
+    """Tokens it has."""
     logits_std: float = 2.5
-    """Spread of the next-token logits."""
+    """Spread of its next-token logits."""
     prompts: int = 64
     """Requests, all at once; each prompt has 32 to 128 tokens."""
     answer_tokens: int = 64
@@ -64,6 +90,23 @@ class Config:
 
 
 def build(config: Config) -> Any:
+    """The model in bf16, not converted."""
+    if config.model is None:
+        model = random_model(config)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model.expanduser(), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+        if is_moe(model):
+            model.config._experts_implementation = "grouped_mm"
+    return model.to(torch.bfloat16).to(config.device).eval()
+
+
+def is_moe(model: Any) -> bool:
+    return "moe" in model.config.model_type
+
+
+def random_model(config: Config) -> Any:
     model_config = transformers.Qwen3Config(
         vocab_size=config.vocabulary, hidden_size=config.hidden,
         intermediate_size=3 * config.hidden, num_hidden_layers=config.layers,
@@ -79,7 +122,53 @@ def build(config: Config) -> Any:
             if weight.ndim > 1:
                 gain = next((g for end, g in gains.items() if name.endswith(end)), 1.0)
                 weight.normal_(0, gain / math.sqrt(weight.shape[-1]), generator=generator)
-    return model.to(torch.bfloat16).to(config.device).eval()
+    return model
+
+
+def recipes(config: Config) -> dict[str, Recipe]:
+    """Name of a trainer to what it rounds to; the weights are the same in all."""
+    if config.recipe == "int4":
+        return {"INT4": Int4(group_size=config.group_size)}
+    return {
+        f"FP8, activations as {profile}": BlockFP8(scale=config.scale, profile=profile)
+        for profile in config.profiles
+    }
+
+
+def rules(model: Any, recipe: Recipe) -> list[tuple[str, Recipe | None]]:
+    """As `precision_curves.py` trains: INT4 of a mixture of experts is of its experts alone."""
+    only_experts = isinstance(recipe, Int4) and is_moe(model)
+    return [("*.experts" if only_experts else "*", recipe)]
+
+
+def server_flags(config: Config) -> tuple[str, ...]:
+    """INT4 is told by the checkpoint's config alone."""
+    return ("--quantization", "fp8") if config.recipe == "fp8" else ()
+
+
+def prompts_of(config: Config) -> list[list[int]]:
+    """Random tokens, or bytes of source that is held out."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(32, 129, (config.prompts,), generator=generator).tolist()
+    if config.model is None:
+        return [
+            torch.randint(1, config.vocabulary, (length,), generator=generator).tolist()
+            for length in lengths
+        ]
+    text = standard_library()[1]
+    starts = torch.randint(len(text) - 128, (config.prompts,), generator=generator).tolist()
+    return [
+        text[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def checkpoint(config: Config, model: Any, folder: str) -> None:
+    """Have in a folder, bit for bit, what the converted model computes with."""
+    if config.rounded is None:
+        save(model, folder)
+    else:  # a copy: the server writes its log there
+        shutil.copytree(config.rounded.expanduser(), folder)
+    verify_parity(model, folder)
 
 
 def answers_of(config: Config, folder: str, prompts: list[list[int]]) -> list[Sample]:
@@ -87,7 +176,7 @@ def answers_of(config: Config, folder: str, prompts: list[list[int]]) -> list[Sa
     for body in bodies:
         del body["return_routed_experts"]
     pool = ThreadPoolExecutor(len(prompts))
-    with pool, server.sglang(config, folder, "--quantization", "fp8") as url:
+    with pool, server.sglang(config, folder, *server_flags(config)) as url:
         calls = [pool.submit(server.ask, url, body, timeout=300) for body in bodies]
         answers = [call.result() for call in calls]
     samples = []
@@ -124,34 +213,29 @@ def summary(gap: Tensor) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(32, 129, (config.prompts,), generator=generator).tolist()
-    prompts = [
-        torch.randint(1, config.vocabulary, (length,), generator=generator).tolist()
-        for length in lengths
-    ]
-    model = build(config)
-    report = convert_(model, [("*", BlockFP8(scale=config.scale, profile=config.profiles[0]))])
+    model, trainers = build(config), recipes(config)
+    report = convert_(model, rules(model, next(iter(trainers.values()))))
     server.say(report.table().splitlines()[-1])
     with tempfile.TemporaryDirectory() as parent:
         folder = f"{parent}/model"
-        save(model, folder)
-        verify_parity(model, folder)
-        samples = answers_of(config, folder, prompts)
+        checkpoint(config, model, folder)
+        samples = answers_of(config, folder, prompts_of(config))
     batches = [collate(samples[i : i + 16]).to(config.device) for i in range(0, len(samples), 16)]
     rows = []
     with high_precision(model):
         rows.append({"trainer": "bf16"} | summary(torch.cat([gap_of(model, b) for b in batches])))
-    for profile in config.profiles:
+    for name, recipe in trainers.items():
         other = build(config)
-        convert_(other, [("*", BlockFP8(scale=config.scale, profile=profile))])
+        convert_(other, rules(other, recipe))
         gap = torch.cat([gap_of(other, batch) for batch in batches])
-        rows.append({"trainer": f"FP8, activations as {profile}"} | summary(gap))
+        rows.append({"trainer": name} | summary(gap))
     for row in rows:
         server.say(", ".join(f"{key} {value}" for key, value in row.items()))
     common = environment(config.device, config.commit) | {
-        "engine": server.sglang_version(config), "scale": config.scale, "layers": config.layers,
-        "hidden": config.hidden,
+        "engine": server.sglang_version(config), "scale": config.scale,
+        "layers": model.config.num_hidden_layers, "hidden": model.config.hidden_size,
+        "weights": "random" if config.model is None else config.model.name,
+        "recipe": config.recipe,
     }  # fmt: skip
     append(config.out, [common | row for row in rows])
 

@@ -29,6 +29,8 @@ try:
 except ImportError:
     torchao = None
 
+AHEAD = 1_000_000
+"""Cycles that the device spins before a call: about half a millisecond."""
 FIELDS = ["device", "torch", "triton", "date", "commit", "shape", "kernel", "us", "gb_s", "of_copy"]
 
 
@@ -47,12 +49,17 @@ class Config:
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Microseconds, each call in its turn, the cache flushed between."""
+    """Microseconds on the device, each call in its turn, the cache flushed between.
+
+    The device is kept busy until the host has launched all of a call, as in a training step, where
+    the host runs ahead.
+    """
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 5):
         for name, call in calls.items():
             flush.zero_()
+            torch.cuda._sleep(AHEAD)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()

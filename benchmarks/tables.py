@@ -110,16 +110,65 @@ def fp8_linear() -> str:
     return "\n".join(lines)
 
 
-def precision_sglang() -> str:
-    """The log-prob gap between a server with FP8 weights and trainers."""
+def precision_step() -> str:
+    """Milliseconds of a training step, its speed against bf16's, and what rounding takes of it."""
     lines = [
-        "| hardware, date, engine | trainer | tokens | mean gap | p99 | max | k3 |",
-        "|---|---|---|---|---|---|---|",
+        "| hardware, date | layers | what | ms (p20 to p80) | times bf16 | rounding weights, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows("precision_step"):
+        ms, p20, p80 = (float(row[key]) for key in ("ms", "p20", "p80"))
+        rounding = row["rounding_ms"]
+        if rounding:
+            rounding = f"{float(rounding):.1f} ({float(row['rounding_percent']):.1f} %)"
+        cells = [f"{row['hardware']}, {row['date']}", row["mode"], row["variant"]]
+        cells += [f"{ms:,.0f} ({p20:,.0f} to {p80:,.0f})"]
+        cells += [f"{1 / (1 + float(row['percent']) / 100):.2f}", rounding]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def precision_curves() -> str:
+    """Losses of a run in each precision, how far from bf16's, and where nothing was NaN."""
+    found = rows("precision_curves_summary")
+    rates: dict[tuple[str, str], list[str]] = {}
+    for row in found:
+        if row["run"] == "short":
+            rate = f"{float(row['learning_rate']):.0e}".replace("e-0", "e-")
+            text = rate if row["finite"] == "True" else f"{rate}: NaN"
+            rates.setdefault((row["model"], row["precision"]), []).append(text)
+    lines = [
+        "| hardware, date | model | precision | loss, last 50 steps | held out | from bf16 (band) |"
+        " ms a step | learning rates without NaN |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row["run"] != "curve":
+            continue
+        distance = f"{float(row['distance']):.2%}" if row["distance"] else ""
+        if row["band"]:
+            within = "" if row["within"] == "True" else ", not within"
+            distance += f" ({float(row['band']):.0%}{within})"
+        cells = [f"{row['hardware']}, {row['date']}"]
+        cells += [f"{row['model']}, {int(row['parameters']) / 1e9:.2f} B", row["precision"]]
+        cells += [row["last_loss"], row["held_out"], distance, f"{float(row['ms']):.0f}"]
+        cells.append(", ".join(rates.get((row["model"], row["precision"]), [])))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def precision_sglang() -> str:
+    """The log-prob gap between a server with rounded weights and trainers."""
+    lines = [
+        "| hardware, date, engine | weights | served | trainer | tokens | mean gap | p99 | max"
+        " | k3 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows("precision_sglang"):
         numbers = (f"{float(row[name]):.2g}" for name in ("mean", "p99", "max", "k3"))
-        where = f"{row['hardware']}, {row['date']}, {row['engine']}"
-        lines.append(f"| {where} | {row['trainer']} | {row['tokens']} | {' | '.join(numbers)} |")
+        cells = [f"{row['hardware']}, {row['date']}, {row['engine']}", row["weights"]]
+        cells += [row["recipe"].upper(), row["trainer"], row["tokens"], *numbers]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -267,7 +316,9 @@ TABLES = {
     "losses": losses,
     "losses_of_heads": losses_of_heads,
     "memory": memory,
+    "precision_curves": precision_curves,
     "precision_sglang": precision_sglang,
+    "precision_step": precision_step,
     "quantise": quantise,
     "quantisers": quantisers,
     "refused_routers": refused_routers,

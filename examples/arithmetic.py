@@ -84,21 +84,21 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def build_model(seed: int) -> Any:
-    """A quarter of a million parameters, 8 experts of which each token uses 2."""
+def build_model(seed: int, *, width: int = 64) -> Any:
+    """8 experts of which each token uses 2; a quarter of a million parameters at width 64."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=len(CHARACTERS) + 2,
-            hidden_size=64,
-            intermediate_size=128,
-            moe_intermediate_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            moe_intermediate_size=width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
-            head_dim=16,
+            head_dim=width // 4,
             num_experts=8,
             num_experts_per_tok=2,
             norm_topk_prob=True,

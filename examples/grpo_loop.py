@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ class Run:
     config: Config
     task: Any
     model: Any
+    call: Any
     tokenizer: Any
     optimizer: torch.optim.Optimizer
     replay: RoutingReplay | None
@@ -123,8 +124,14 @@ class Run:
         return str(self.tokenizer.decode(sample.response_tokens, skip_special_tokens=True))
 
 
-def train(config: Config, task: Any, model: Any, tokenizer: Any) -> None:
-    """Everything from warm-up to the last evaluation."""
+def train(
+    config: Config, task: Any, model: Any, tokenizer: Any, *, call: Any = None, prepare: Any = None
+) -> None:
+    """Everything from warm-up to the last evaluation.
+
+    `call` computes the forward pass of RL if `model` itself doesn't; `prepare` changes the engine's
+    model before it is served.
+    """
     torch.set_num_threads(2)
     checkpoints = config.out / "checkpoints"
     model.to(config.device)
@@ -137,7 +144,7 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)
     replay = RoutingReplay(model) if config.r3 else None
     with RunLog(config.out, config, num_steps=config.num_steps, start=step) as log:
-        run = Run(config, task, model, tokenizer, optimizer, replay, log)
+        run = Run(config, task, model, call or model, tokenizer, optimizer, replay, log)
         if config.resume:
             log.say(f"resumed at step {step}")
         else:
@@ -150,7 +157,7 @@ def train(config: Config, task: Any, model: Any, tokenizer: Any) -> None:
             save_checkpoint(checkpoints, 0, model, tokenizer, optimizer)
         run.rollouts = Rollouts(
             model, checkpoints / "step-000000", log, device=config.device,
-            max_batch=config.max_batch, own_process=config.engine_process,
+            max_batch=config.max_batch, own_process=config.engine_process, prepare=prepare,
         )  # fmt: skip
         with closing(run.rollouts):
             run.rollouts.sync(step)
@@ -258,12 +265,9 @@ def forward(run: Run, batch: TrainBatch) -> Tensor:
     if run.replay is not None:
         replaying = run.replay.replay(batch.routing, required_N=batch.routing_required_T)
     with replaying:
-        logits_BLV = run.model(
-            input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL
-        ).logits
-    return token_logprobs(
-        logits_BLV.flatten(0, 1), batch.targets_T, temperature=run.config.temperature
-    )
+        logits_BLV = run.call(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
+    logits_TV = logits_BLV.flatten(0, 1)
+    return token_logprobs(logits_TV, batch.targets_T, temperature=run.config.temperature)
 
 
 def sample(
@@ -272,16 +276,12 @@ def sample(
     """One answer for each problem, from the engine."""
     run.log.phase("sampling", len(problems))
     prompts = {problem.prompt: run.encode(problem.prompt) for problem in problems}
+    params = SamplingParams(max_new_tokens=run.config.max_new_tokens, temperature=temperature)
+    first = run.config.seed * 10**12 + seed
     requests = [
-        (
-            prompts[problem.prompt],
-            SamplingParams(
-                max_new_tokens=run.config.max_new_tokens, temperature=temperature,
-                seed=run.config.seed * 10**12 + seed + index,
-            ),
-        )
+        (prompts[problem.prompt], replace(params, seed=first + index))
         for index, problem in enumerate(problems)
-    ]  # fmt: skip
+    ]
     return run.rollouts.generate(requests, version)
 
 

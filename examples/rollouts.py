@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from miles.rollout import EngineProcess, HFEngine, Sample, SamplingParams
 from miles.sync import InProcessSyncer, SharedMemoryReceiver, SharedMemorySyncer
 
 Request = tuple[list[int], SamplingParams]
+Prepare = Callable[[Any], object]
 
 
-def start_engine(model_dir: str, address: str | None, device: str, max_batch: int) -> HFEngine:
+def start_engine(
+    model_dir: str, address: str | None, device: str, max_batch: int, prepare: Prepare | None
+) -> HFEngine:
     """A bf16 engine; with an address, weights can be pushed to it there."""
     if address is not None:  # a process of our own; one thread leaves the other core to the trainer
         torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).to(device)
+    if prepare is not None:
+        prepare(model)
     engine = HFEngine(model, max_batch=max_batch)
     if address is not None:
         SharedMemoryReceiver(engine, address)
@@ -35,6 +41,7 @@ class Rollouts:
     Args:
         model: the trainer's model, whose weights the engine gets.
         model_dir: where the engine finds the architecture, and weights of version 0.
+        prepare: changes the engine's model before it is served; to be pickled for a process.
     """
 
     def __init__(
@@ -46,11 +53,12 @@ class Rollouts:
         device: str,
         max_batch: int,
         own_process: bool,
+        prepare: Prepare | None = None,
     ) -> None:
         self._model, self._log = model, log
         self._folder = tempfile.TemporaryDirectory(prefix="miles-")  # mode 0700
         address = f"{self._folder.name}/weights" if own_process else None
-        arguments = (str(model_dir), address, device, max_batch)
+        arguments = (str(model_dir), address, device, max_batch, prepare)
         self._engine: Any
         self._syncer: Any
         if address is not None:

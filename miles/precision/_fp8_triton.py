@@ -20,10 +20,10 @@ __all__ = ["encode", "encode_pair"]
 
 _ROWS, _WARPS = 32, 4
 """Rows of a program when each row has its own scales, and its warps."""
-_PAIR_ROWS, _PAIR_WARPS = 64, 8
-"""Rows, and then columns, of a part of a tile, where the transpose is written too."""
-_SQUARE_WARPS, _SQUARE_PAIR_WARPS = 4, 8
-"""Warps of a program of 128 rows that share a scale; the second where it is written twice."""
+_PAIR_WARPS = 4
+"""Where the transpose is written too, of tiles of 128 x 128."""
+_SQUARE_WARPS = 4
+"""Where 128 rows share a scale."""
 _PROFILES = {name: number for number, name in enumerate(_fp8.PROFILES)}
 Encoded = tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def _of_rows(x: Tensor, recipe: BlockFP8, role: Role, *, turned: bool) -> list[E
                 PROFILE=_PROFILES[recipe.profile if role == "activation" else "te"],
                 POWER_OF_TWO=recipe.scale == "ue8m0",
                 TURNED=turned,
-                ROWS=_PAIR_ROWS if turned else _ROWS,
+                ROWS=tile,
                 num_warps=_PAIR_WARPS if turned else _WARPS,
                 enable_fp_fusion=False,
             )
@@ -110,7 +110,7 @@ def _squares(tensor: Tensor, recipe: BlockFP8, *, turned: bool) -> list[Encoded]
                 PROFILE=_PROFILES["te"],
                 POWER_OF_TWO=recipe.scale == "ue8m0",
                 TURNED=turned,
-                num_warps=_SQUARE_PAIR_WARPS if turned else _SQUARE_WARPS,
+                num_warps=_SQUARE_WARPS,
                 enable_fp_fusion=False,
             )
     return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in out]
@@ -173,34 +173,13 @@ def _amax(x, axis: tl.constexpr):
 
 @triton.jit
 def _codes(x, multiplier, PROFILE: tl.constexpr):
-    """E4M3 of blocks times their multipliers, or, for vllm, divided by them."""
+    """E4M3 of blocks times their multipliers, or, for vllm, divided by them.
+
+    Nothing is clamped: a few roundings past 448 round to 448, and only what is past 464 overflows.
+    """
     x = x.to(tl.float32)
     scaled = tl.div_rn(x, tl.zeros_like(x) + multiplier) if PROFILE == 3 else x * multiplier
-    scaled = tl.maximum(scaled, -448.0, propagate_nan=tl.PropagateNan.ALL)
-    scaled = tl.minimum(scaled, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv)
-
-
-@triton.jit
-def _rows(
-    x_ptr, codes_ptr, scale_ptr, m, k, x_stride_m, x_stride_k, stride_m, stride_k, first, block,
-    PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Rows of a matrix from the first on, in one block of columns: a scale for each row."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, 128)
-    exists = row < m - first
-    inside = exists[:, None] & (column < k - block * 128)[None, :]
-    # Only where a tile starts needs 64 bits; offsets of its elements are in many registers.
-    start, edge = first.to(tl.int64), block.to(tl.int64) * 128
-    x_ptr += start * x_stride_m + edge * x_stride_k
-    at = row[:, None] * x_stride_m + column[None, :] * x_stride_k
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    multiplier, scale = _scales(_amax(x, 1), PROFILE, POWER_OF_TWO)
-    codes = _codes(x, multiplier[:, None], PROFILE)
-    at = row[:, None] * k + column[None, :]
-    tl.store(codes_ptr + start * k + edge + at, codes, mask=inside)
-    at = start * stride_m + block * stride_k
-    tl.store(scale_ptr + at + row * stride_m, scale, mask=exists)
 
 
 @triton.jit
@@ -209,27 +188,35 @@ def _row_kernel(
     stride_m, stride_k, turned_stride_k, turned_stride_m,
     PROFILE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row_block = tl.program_id(0)
-    column_block = tl.program_id(1)
-    if not TURNED:
-        _rows(
-            x_ptr, codes_ptr, scale_ptr, m, k, k, 1, stride_m, stride_k,
-            row_block * ROWS, column_block, PROFILE, POWER_OF_TWO, ROWS,
-        )  # fmt: skip
-    else:
-        # A tile of 128 x 128 in parts: all of it at once takes more registers than leave a
-        # multiprocessor busy. The second time, it comes from the cache.
-        for start in range(0, 128, ROWS):
-            _rows(
-                x_ptr, codes_ptr, scale_ptr, m, k, k, 1, stride_m, stride_k,
-                row_block * 128 + start, column_block, PROFILE, POWER_OF_TWO, ROWS,
-            )  # fmt: skip
-        for start in range(0, 128, ROWS):
-            _rows(
-                x_ptr, turned_codes_ptr, turned_scale_ptr, k, m, 1, k,
-                turned_stride_k, turned_stride_m,
-                column_block * 128 + start, row_block, PROFILE, POWER_OF_TWO, ROWS,
-            )  # fmt: skip
+    """A tile of ROWS x 128: a scale for each row and, of the transpose, for each column."""
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tl.arange(0, 128)
+    # Only where a tile starts needs 64 bits; offsets of its elements are in many registers.
+    first_row, first_column = row_block.to(tl.int64) * ROWS, column_block.to(tl.int64) * 128
+    row_exists, column_exists = row < m - row_block * ROWS, column < k - column_block * 128
+    inside = row_exists[:, None] & column_exists[None, :]
+    start = first_row * k + first_column
+    at = row[:, None] * k + column[None, :]
+    x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+    amax = _amax(x, 1)
+    if TURNED:
+        # Before the rows are done with, which would take more registers. It is gathered into the
+        # layout of `column`: in its own, every thread divides for the 16 columns that it holds.
+        turned_amax = tl.gather(_amax(x, 0), column, 0)
+    multiplier, scale = _scales(amax, PROFILE, POWER_OF_TWO)
+    codes = _codes(x, multiplier[:, None], PROFILE)
+    tl.store(codes_ptr + start + at, codes, mask=inside)
+    start = first_row * stride_m + column_block * stride_k
+    tl.store(scale_ptr + start + row * stride_m, scale, mask=row_exists)
+    if TURNED:
+        multiplier, scale = _scales(turned_amax, PROFILE, POWER_OF_TWO)
+        codes = tl.trans(_codes(x, multiplier[None, :], PROFILE))
+        inside = column_exists[:, None] & row_exists[None, :]
+        start = first_column * m + first_row
+        at = column[:, None] * m + row[None, :]
+        tl.store(turned_codes_ptr + start + at, codes, mask=inside)
+        start = first_column * turned_stride_k + row_block * turned_stride_m
+        tl.store(turned_scale_ptr + start + column * turned_stride_k, scale, mask=column_exists)
 
 
 @triton.jit

@@ -158,11 +158,19 @@ def deepgemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     return out.to(dtype)
 
 
+def triton(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    """Kernels of this package, of any size: `_gemm_triton`."""
+    from miles.precision import _gemm_triton  # imports triton
+
+    return _gemm_triton.dense(a, b, dtype)
+
+
 _DENSE: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {
     "reference": reference,
     "dequant_bf16": dequant_bf16,
     "scaled_mm": scaled_mm,
     "deepgemm": deepgemm,
+    "triton": triton,
 }
 
 

@@ -31,6 +31,10 @@ def grouped(name: str, a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtyp
     """Each expert's rows of `a` `[T, D]` with its own `b` `[E, C, D]`: `[T, C]`."""
     if name == "deepgemm":
         return _deepgemm(a, b, ends_E).to(dtype)
+    if name == "triton":
+        from miles.precision import _gemm_triton  # imports triton
+
+        return _gemm_triton.grouped(a, b, ends_E, dtype)
     if name == "dequant_bf16":
         return plain(a.dequantize(a.dtype), b.dequantize(a.dtype), ends_E).to(dtype)
     out = [
@@ -73,7 +77,21 @@ def grouped_weight(
     profile: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Each expert's gradient of operands rounded along its own tokens: `[E, N, K]`."""
+    """Each expert's gradient of operands rounded along its own tokens: `[E, N, K]`.
+
+    All but `triton` wait for the GPU.
+    """
+    if name == "triton":
+        from miles.precision import _gemm_triton  # imports triton
+
+        at, layout = padded_layout(ends_E, x_TK.shape[0])
+        dy, x = (_spread(t, at, len(layout)) for t in (dy_TN, x_TK))
+        return _gemm_triton.grouped_weight(
+            _gemm.encode_transposed(dy, scale, "gradient"),
+            _gemm.encode_transposed(x, scale, "activation", profile),
+            _padded_ends(ends_E).int(),
+            dtype,
+        )
 
     def one(start: int, end: int) -> Tensor:
         if start == end:
@@ -107,7 +125,7 @@ def padded_layout(ends_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """
     ends = ends_E.long()
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    padded_ends = ((counts + ROWS - 1) // ROWS * ROWS).cumsum(0)
+    padded_ends = _padded_ends(ends)
     row = torch.arange(num_rows, device=ends.device)
     expert = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
     # An expert's own shift: how far its padded end, less its gap, is beyond its end.
@@ -116,6 +134,16 @@ def padded_layout(ends_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     layout = torch.full((-(-full // ROWS) * ROWS,), -1, dtype=torch.int32, device=ends.device)
     layout[at] = expert.int()
     return at, layout
+
+
+def _padded_ends(ends_E: Tensor) -> Tensor:
+    counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    return ((counts + ROWS - 1) // ROWS * ROWS).cumsum(0)
+
+
+def _spread(x_TF: Tensor, at: Tensor, num_rows: int) -> Tensor:
+    """Rows where `padded_layout` puts them, zeros in the gaps."""
+    return x_TF.new_zeros(num_rows, x_TF.shape[1]).index_copy_(0, at, x_TF)
 
 
 def _deepgemm(a: Operand, b: Operand, ends_E: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -20,9 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from miles.errors import SettingError
+from miles.errors import NonFiniteError, SettingError
 from miles.precision.linears import grouped_linear, linear
-from miles.precision.quantize import QTensor, _encode, quantize
+from miles.precision.quantize import (
+    QTensor,
+    _check_finite,
+    _encode,
+    _encode_pair,
+    _fake,
+    quantize,
+)
 from miles.precision.recipes import BlockFP8, Recipe
 
 __all__ = [
@@ -102,9 +110,6 @@ def high_precision(model: nn.Module) -> Iterator[None]:
             module._rounding = was
 
 
-_Round = Callable[[Tensor], QTensor]
-
-
 class _Steps:
     """Counts the steps of all optimizers, from the first conversion on."""
 
@@ -124,6 +129,44 @@ class _Steps:
 _STEPS = _Steps()
 
 
+class _Unseen:
+    """Scales of weights on a GPU that nobody has looked at: looking at each makes the host wait."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._scales: list[tuple[weakref.ref[nn.Module], str, Tensor]] = []
+
+    def add(self, module: nn.Module, name: str, scale: Tensor) -> None:
+        """Remember scales until the next step's first ones come; then one wait is for all.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a weight of the step before.
+        """
+        if self._step != _STEPS.count:
+            self._look()
+        self._step = _STEPS.count
+        self._scales.append((weakref.ref(module), name, scale))
+
+    def _look(self) -> None:
+        alive = [(name, scale) for module, name, scale in self._scales if module() is not None]
+        self._scales = []
+        if not alive:
+            return
+        where = alive[0][1].device
+        largest = torch.stack([scale.float().amax().to(where) for _, scale in alive]).tolist()
+        bad = [name for (name, _), one in zip(alive, largest, strict=True) if not isfinite(one)]
+        if bad:
+            raise NonFiniteError(
+                f"{', '.join(bad[:5])} held NaN or infinity in the last step, {len(bad)} of "
+                f"{len(alive)} rounded weights; expected finite numbers; a gradient of NaN?"
+            )
+
+
+_UNSEEN = _Unseen()
+_Look = Callable[[Tensor, Tensor], None]
+"""Takes the scales of rounded numbers, and the numbers."""
+
+
 class Quantized(nn.Module):
     """What converted modules have in common."""
 
@@ -134,10 +177,11 @@ class Quantized(nn.Module):
     _rounding: bool
     _above: tuple[weakref.ref[nn.Module], ...]
 
-    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, _Round], Any]) -> Any:
+    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, _Look], Any]) -> Any:
         """What `make` makes of the weight that is computed with, once for each version of it.
 
-        NaN is looked for then too. Where nothing is kept, it comes out of the forward pass.
+        NaN is looked for then too: on a GPU the first time, and later at the next step. Where
+        nothing is kept, it comes out of the forward pass.
         """
         dtype, kind = self._dtype or weight.dtype, weight.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
@@ -147,24 +191,35 @@ class Quantized(nn.Module):
             )
         seen = weight.detach().to(dtype)
         if torch.compiler.is_compiling() or self._sharded():
-            return make(seen, lambda part: _encode(part, self.recipe, "weight", "auto"))
+            return make(seen, lambda *_: None)
         # The version counts changes in place, and the steps those of optimizers on shards.
         version = (_STEPS.count, weight._version, weight.data_ptr())
-        if name not in self._rounded or self._rounded[name][0] != version:
+        before = self._rounded.get(name)
+        if before is None or before[0] != version:
             full = f"{self._path}.{name}" if self._path else name
-            made = make(seen, lambda part: quantize(part, self.recipe, name=full))
-            self._rounded[name] = (version, made)
+
+            def look(scale: Tensor, of: Tensor) -> None:
+                if before is not None and scale.is_cuda:
+                    _UNSEEN.add(self, full, scale)
+                else:
+                    _check_finite(scale, of, "weight", full)
+
+            self._rounded[name] = (version, make(seen, look))
         return self._rounded[name][1]
 
     def _kept(self, weight: Tensor, name: str) -> dict[str, Any]:
         """What the GEMMs of block FP8 need not make in every call, if anything is kept."""
+        recipe = self.recipe
+        assert isinstance(recipe, BlockFP8)
         if torch.compiler.is_compiling() or self._sharded():
             return {}
-        backward = weight.is_cuda and getattr(self.recipe, "dgrad", None) == "fp8"
 
-        def make(seen: Tensor, round_: _Round) -> dict[str, Any]:
-            rounded = round_(seen)
-            turned = rounded.t() if backward else None
+        def make(seen: Tensor, look: _Look) -> dict[str, Any]:
+            if weight.is_cuda and recipe.dgrad == "fp8":
+                rounded, turned = _encode_pair(seen, recipe, "weight")
+            else:
+                rounded, turned = _encode(seen, recipe, "weight"), None
+            look(rounded.scale, seen)
             return {"quantized_weight": rounded, "transposed_weight": turned}
 
         kept: dict[str, Any] = self._cached(weight, name, make)
@@ -181,8 +236,12 @@ class Quantized(nn.Module):
     def _fake(self, name: str, weight: Tensor) -> Tensor:
         """The rounded weight, with the master weight's gradient."""
 
-        def make(seen: Tensor, round_: _Round) -> Tensor:
-            parts = [round_(part).dequantize(seen.dtype) for part in parts_of(name, seen)]
+        def make(seen: Tensor, look: _Look) -> Tensor:
+            parts = []
+            for part in parts_of(name, seen):
+                rounded, scale = _fake(part, self.recipe, "weight")
+                look(scale, part)
+                parts.append(rounded)
             return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
         out: Tensor = _Through.apply(weight, self._cached(weight, name, make))
@@ -208,8 +267,8 @@ class _Through(torch.autograd.Function):
 class QuantizedLinear(Quantized, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._rounding and isinstance(self.recipe, BlockFP8):
-            rounded = self._cached(self.weight, "weight", lambda seen, round_: round_(seen))
-            return linear(input, self.weight, self.recipe, bias=self.bias, quantized_weight=rounded)
+            kept = self._kept(self.weight, "weight")
+            return linear(input, self.weight, self.recipe, bias=self.bias, **kept)
         weight = self._fake("weight", self.weight) if self._rounding else self.weight
         out: Tensor = F.linear(input, weight, self.bias)
         return out
@@ -252,8 +311,7 @@ class QuantizedExperts(Quantized):
     def _grouped(self, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
         assert isinstance(self.recipe, BlockFP8)
         weight = getattr(self, name)
-        kept = self._kept(weight, name)
-        return grouped_linear(rows, weight, ends_E, self.recipe, **kept)
+        return grouped_linear(rows, weight, ends_E, self.recipe, **self._kept(weight, name))
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -53,11 +53,13 @@ class Capability:
     """What a backend can multiply."""
 
     fast: bool
-    """Whether it is made to be faster than a bf16 GEMM."""
+    """Whether it is faster than a bf16 GEMM."""
     scales: str
     """The layout in which it reads scales; `linear` brings them into it and checks it."""
     sm90: bool = False
     """It needs a Hopper GPU (compute capability 9.0)."""
+    sm80: bool = False
+    """It needs a CUDA GPU of compute capability 8.0 or later."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     """Of activations and gradients."""
     depth: int = 1
@@ -88,6 +90,11 @@ BACKENDS: dict[str, Capability] = {
         width=16,
         experts=(),
     ),
+    "triton": Capability(
+        fast=False,
+        scales="rows: float32 [M, K/128]; tiles: [N/128, K/128]; any strides",
+        sm80=True,
+    ),
     "dequant_bf16": Capability(fast=False, scales="any"),
     "reference": Capability(fast=False, scales="any"),
 }
@@ -105,13 +112,7 @@ def refusal(name: str, gemm: Gemm) -> str | None:
         'the tensors are on cpu; it needs a Hopper GPU'
     """
     able = BACKENDS[name]
-    if able.sm90 and gemm.device.type != "cuda":
-        return f"the tensors are on {gemm.device.type}; it needs a Hopper GPU"
-    if able.sm90 and (reason := _without_sm90(gemm.device)):
-        return reason
-    if name == "deepgemm" and isinstance(reason := deep_gemm(), str):
-        return reason
-    if name == "scaled_mm" and (reason := _without_scaled_mm()):
+    if reason := _unavailable(name, gemm.device):
         return reason
     if gemm.dtype not in able.dtypes:
         return f"x is {gemm.dtype}; it computes in {', '.join(map(str, able.dtypes))}"
@@ -124,6 +125,22 @@ def refusal(name: str, gemm: Gemm) -> str | None:
         if features % able.width:
             return f"the result has {features} features; expected a multiple of {able.width}"
     return None
+
+
+def _unavailable(name: str, device: torch.device) -> str | None:
+    able = BACKENDS[name]
+    if (able.sm90 or able.sm80) and device.type != "cuda":
+        what = "a Hopper GPU" if able.sm90 else "a CUDA GPU"
+        return f"the tensors are on {device.type}; it needs {what}"
+    if able.sm90 and (reason := _without_sm90(device)):
+        return reason
+    if able.sm80 and (reason := _without_sm80(device)):
+        return reason
+    if name == "deepgemm" and isinstance(reason := deep_gemm(), str):
+        return reason
+    if name == "scaled_mm":
+        return _without_scaled_mm()
+    return _without_triton() if name == "triton" else None
 
 
 def choose(backend: str, gemm: Gemm) -> str:
@@ -211,7 +228,8 @@ def _automatic(gemm: Gemm) -> tuple[str, str, dict[str, str]]:
         refused[name] = reason
     if gemm.device.type != "cuda":
         return "reference", f"the backend of the {gemm.device.type.upper()}", refused
-    return name, "the first that can run it", refused
+    why = "the first that can run it"
+    return name, why if BACKENDS[name].fast else f"{why}; no faster than bf16", refused
 
 
 def check_name(backend: str) -> None:
@@ -231,11 +249,39 @@ def deep_gemm() -> Any:
         return f"importing deep_gemm failed: {type(error).__name__}: {error}"
 
 
+def has_fp8_cores(device: torch.device) -> bool:
+    """Whether it is a CUDA GPU that multiplies FP8: Ada, Hopper and later."""
+    return device.type == "cuda" and _capability(device) >= (8, 9)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) where there is no CUDA."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+def _without_sm80(device: torch.device) -> str | None:
+    capability = _capability(device)
+    if capability >= (8, 0):
+        return None
+    if capability == (0, 0):
+        return "there is no CUDA device; it needs one"
+    found = ".".join(map(str, capability))
+    return f"{device} has compute capability {found}; it needs 8.0, an Ampere GPU, or later"
+
+
+@functools.cache
+def _without_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it comes with torch for CUDA)"
+    return None
+
+
 @functools.cache
 def _without_sm90(device: torch.device) -> str | None:
-    if not torch.cuda.is_available():
+    capability = _capability(device)
+    if capability == (0, 0):
         return "there is no CUDA device; it needs a Hopper GPU"
-    capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0):
         return None
     found = ".".join(map(str, capability))

@@ -16,7 +16,8 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def linear(
             `miles.precision.backends.explain` tells which.
         quantized_weight: `quantize(weight.to(x.dtype), recipe)`, to round once for many calls.
         transposed_weight: `quantized_weight.t()`, to transpose once for many calls, for the input
-            gradient by `scaled_mm` and `deepgemm`.
+            gradient by a fast backend.
 
     Returns:
         `[..., N]` of x's dtype (autocast's, under autocast).
@@ -103,7 +104,7 @@ def grouped_linear(
     """`linear` with a weight for each expert and rows sorted by expert.
 
     The weight's gradient takes PyTorch's grouped GEMM where the recipe says `bf16`; of rounded
-    operands (`fp8`, `dequant`) it is a loop over experts that waits for the GPU.
+    operands (`fp8`, `dequant`), but by `triton`, it is a loop over experts that waits for the GPU.
 
     Args:
         x: `[T, K]`; the first rows are those of expert 0.
@@ -111,7 +112,7 @@ def grouped_linear(
         ends: int32 or int64 `[E]`: where each expert's rows end, `counts.cumsum(0)`; the last is
             T. Values are checked on the CPU only.
         recipe: as for `linear`.
-        backend: as for `linear`; `deepgemm` has forward and input gradient.
+        backend: as for `linear`; `deepgemm` has forward and input gradient, `triton` all three.
         quantized_weight: as for `linear`, `[E, N, K]`.
         transposed_weight: as for `linear`.
 
@@ -234,22 +235,54 @@ def _plain(x_TD: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
     return x_TD @ weight.t() if ends_E is None else _grouped_plain(x_TD, weight, ends_E)
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
 # To the compiler each of these is one step: kernels that it can't read, chosen by sizes it may not
 # know yet. Results are new and contiguous, whatever the backend.
 
 
-@torch.library.custom_op("miles::fp8_encode_weight", mutates_args=())
+def _operator(name: str, like: Callable[..., Any]) -> Callable[[_F], _F]:
+    """`torch.library.custom_op` without its wrappers, which take 20 to 40 us of every call.
+
+    `like` makes tensors of the result's shape, for the compiler.
+    """
+
+    def register(function: _F) -> _F:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"miles::{name}", schema)
+        torch.library.impl(f"miles::{name}", "default", function)
+        torch.library.register_fake(f"miles::{name}", like)
+        return cast(_F, getattr(torch.ops.miles, name).default)
+
+    return register
+
+
+def _weight_like(weight: Tensor) -> tuple[Tensor, Tensor]:
+    *batch, n, k = weight.shape
+    blocks = [*batch, -(-n // _gemm.BLOCK), -(-k // _gemm.BLOCK)]
+    codes = weight.new_empty(weight.shape, dtype=torch.float8_e4m3fn)
+    return codes, weight.new_empty(blocks, dtype=torch.float32)
+
+
+def _rows_like(x_TD: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], weight.shape[-2])
+
+
+def _gradient_like(dy_TN: Tensor, x_TK: Tensor, ends_E: Tensor | None, *args: Any) -> Tensor:
+    experts = () if ends_E is None else ends_E.shape
+    return dy_TN.new_empty(*experts, dy_TN.shape[1], x_TK.shape[1], dtype=args[-1])
+
+
+@_operator("fp8_encode_weight", lambda weight, _: _weight_like(weight))
 def _encode_weight(weight: Tensor, scale: str) -> tuple[Tensor, Tensor]:
     operand = _gemm.encode(weight.contiguous(), scale, "weight")
     return operand.codes, operand.scale.contiguous()
 
 
-@_encode_weight.register_fake
-def _(weight: Tensor, scale: str) -> tuple[Tensor, Tensor]:
-    return _weight_like(weight)
-
-
-@torch.library.custom_op("miles::fp8_encode_weights", mutates_args=())
+@_operator(
+    "fp8_encode_weights", lambda weight, _: (*_weight_like(weight), *_weight_like(weight.mT))
+)
 def _encode_weights(weight: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one, turned = _gemm.encode_weights(weight.contiguous(), scale)
     # The transpose of a single row is a view, which an op may not return beside the row.
@@ -260,19 +293,7 @@ def _encode_weights(weight: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor,
     return one.codes, one.scale.contiguous(), turned_codes, turned_scale
 
 
-@_encode_weights.register_fake
-def _(weight: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_weight_like(weight), *_weight_like(weight.mT)
-
-
-def _weight_like(weight: Tensor) -> tuple[Tensor, Tensor]:
-    *batch, n, k = weight.shape
-    blocks = [*batch, -(-n // _gemm.BLOCK), -(-k // _gemm.BLOCK)]
-    codes = weight.new_empty(weight.shape, dtype=torch.float8_e4m3fn)
-    return codes, weight.new_empty(blocks, dtype=torch.float32)
-
-
-@torch.library.custom_op("miles::fp8_matmul", mutates_args=())
+@_operator("fp8_matmul", _rows_like)
 def _matmul(
     x_TD: Tensor,
     codes: Tensor,
@@ -297,23 +318,16 @@ def _matmul(
     name = backends.choose(backend, gemm)
     if tokens == 0:
         return x_TD.new_empty(0, columns)
-    if backends.BACKENDS[name].fast:
-        codes = codes.contiguous()
     with torch.autocast(x_TD.device.type, enabled=False):
         role: Literal["activation", "gradient"] = "activation" if kind == "fprop" else "gradient"
         left = _gemm.encode(x_TD.contiguous(), scale_format, role, profile)
-        right = Operand(codes, scale.float(), True, x_TD.dtype)
+        right = Operand(codes.contiguous(), scale.float(), True, x_TD.dtype)
         if ends_E is None:
             return _gemm.dense(name, left, right, x_TD.dtype)
         return _gemm_grouped.grouped(name, left, right, ends_E, x_TD.dtype)
 
 
-@_matmul.register_fake
-def _(x_TD: Tensor, codes: Tensor, *args: Any) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], codes.shape[-2])
-
-
-@torch.library.custom_op("miles::fp8_wgrad", mutates_args=())
+@_operator("fp8_wgrad", _gradient_like)
 def _wgrad(
     dy_TN: Tensor,
     x_TK: Tensor,
@@ -355,24 +369,13 @@ def _wgrad(
         return _gemm_grouped.grouped_weight(name, dy_TN, x_TK, ends_E, scale_format, profile, dtype)
 
 
-@_wgrad.register_fake
-def _(dy_TN: Tensor, x_TK: Tensor, ends_E: Tensor | None, *args: Any) -> Tensor:
-    experts = () if ends_E is None else ends_E.shape
-    return dy_TN.new_empty(*experts, dy_TN.shape[1], x_TK.shape[1], dtype=args[-1])
-
-
-@torch.library.custom_op("miles::grouped_matmul", mutates_args=())
+@_operator("grouped_matmul", _rows_like)
 def _grouped_plain(x_TD: Tensor, weight_ECD: Tensor, ends_E: Tensor) -> Tensor:
     _check_ends(ends_E, x_TD.shape[0])
     if x_TD.shape[0] == 0:
         return x_TD.new_empty(0, weight_ECD.shape[1])
     with torch.autocast(x_TD.device.type, enabled=False):
         return _gemm_grouped.plain(x_TD.contiguous(), weight_ECD, ends_E)
-
-
-@_grouped_plain.register_fake
-def _(x_TD: Tensor, weight_ECD: Tensor, ends_E: Tensor) -> Tensor:
-    return x_TD.new_empty(x_TD.shape[0], weight_ECD.shape[1])
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -215,26 +215,24 @@ def fake_quantize(
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, recipe: Recipe, role: Role, name: str | None) -> Tensor:
-        return _fake(tensor, recipe, role, check=not tensor.is_cuda, name=name)
+        rounded, scale = _fake(tensor, recipe, role)
+        if not tensor.is_cuda:
+            _check_finite(scale, tensor, role, name)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return gradients[0], None, None, None
 
 
-def _fake(
-    tensor: Tensor, recipe: Recipe, role: Role, *, check: bool = False, name: str | None = None
-) -> Tensor:
-    """`fake_quantize` without its gradient, with `check` as in `_encode`."""
+def _fake(tensor: Tensor, recipe: Recipe, role: Role) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` without its gradient and check, and the scales."""
     if not isinstance(recipe, Int4) or not _use_triton(tensor, recipe, "auto"):
-        q = _encode(tensor, recipe, role, check=check, name=name)
-        return q.dequantize(tensor.dtype)
+        q = _encode(tensor, recipe, role)
+        return q.dequantize(tensor.dtype), q.scale
     from miles.precision import _int4_triton  # imports triton
 
-    rounded, scale = _int4_triton.fake_quantize(tensor, recipe)
-    if check:
-        _check_finite(scale, tensor, role, name)
-    return rounded
+    return _int4_triton.fake_quantize(tensor, recipe)
 
 
 def _encode(

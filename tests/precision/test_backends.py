@@ -22,10 +22,21 @@ def gemm(**changes) -> Gemm:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """As if there were a Hopper GPU, with DeepGEMM and a torch that has scaled_mm for it."""
-    monkeypatch.setattr(backends, "_without_sm90", lambda device: None)
+    """As if there were a Hopper GPU, with DeepGEMM, Triton and a torch that has scaled_mm."""
+    backends._warn_once.cache_clear()
+    backends._without_sm90.cache_clear()
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_without_triton", lambda: None)
     monkeypatch.setattr(backends, "_without_scaled_mm", lambda: None)
     monkeypatch.setattr(backends, "deep_gemm", lambda: types.SimpleNamespace())
+    yield
+    backends._without_sm90.cache_clear()
+
+
+@pytest.fixture
+def ampere(hopper, monkeypatch):
+    """As if there were an A100."""
+    monkeypatch.setattr(backends, "_capability", lambda device: (8, 0))
 
 
 # --- the choice
@@ -40,8 +51,12 @@ def test_without_a_gpu_every_fast_backend_says_what_it_needs():
         assert "Hopper" in refusal(name, gemm(device=CPU))
         with pytest.raises(SettingError, match=f"backend='{name}' can't run fprop .*Hopper"):
             choose(name, gemm(device=CPU))
+    assert refusal("triton", gemm(device=CPU)) == "the tensors are on cpu; it needs a CUDA GPU"
+    with pytest.raises(SettingError, match=r"backend='triton' can't run .*a CUDA GPU"):
+        choose("triton", gemm(device=CPU))
     if not torch.cuda.is_available():
-        assert "no CUDA device" in refusal("scaled_mm", gemm())
+        for name in ("deepgemm", "scaled_mm", "triton"):
+            assert "no CUDA device" in refusal(name, gemm())
 
 
 def test_an_unknown_backend_is_refused_with_the_list():
@@ -59,14 +74,14 @@ def test_an_unknown_backend_is_refused_with_the_list():
     ],
 )
 def test_a_size_that_a_backend_lacks_is_refused_by_name_and_said_once_by_auto(
-    hopper, changes, reason
+    hopper, monkeypatch, changes, reason
 ):
     asked = gemm(**changes)
     for name in ("deepgemm", "scaled_mm"):
         with pytest.raises(SettingError, match=reason):
             choose(name, asked)
-    backends._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match=f"runs as dequant_bf16.*{reason}"):
+    monkeypatch.setattr(backends, "_without_triton", lambda: "it is not installed")
+    with pytest.warns(UserWarning, match=f"runs as dequant_bf16.*{reason}.*triton: it is not"):
         assert choose("auto", asked) == "dequant_bf16"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -77,6 +92,30 @@ def test_a_size_that_a_backend_lacks_is_refused_by_name_and_said_once_by_auto(
 def test_tokens_may_be_any_number(hopper):
     assert choose("auto", gemm(rows=3)) == "deepgemm"
     assert choose("scaled_mm", gemm(kind="wgrad", depth=3)) == "scaled_mm"
+
+
+def test_triton_takes_any_size(hopper):
+    odd = [{"depth": 200}, {"columns": 3}, {"dtype": torch.float32}, {"kind": "wgrad", "rows": 7}]
+    for changes in odd:
+        assert refusal("triton", gemm(experts=True, **changes)) is None
+    with pytest.warns(UserWarning, match="runs as triton, no faster than bf16"):
+        assert [choose("auto", gemm(**changes)) for changes in odd] == ["triton"] * 4
+
+
+def test_triton_without_tensor_cores_of_fp8_says_that_it_is_not_faster_than_bf16(ampere):
+    with pytest.warns(UserWarning, match=r"runs as triton, no faster.*capability 8\.0.*9\.0"):
+        assert choose("auto", gemm()) == "triton"
+    text = explain(BlockFP8(), 8, 256, 256, CUDA)
+    assert "fprop fp8: triton, the first that can run it; no faster than bf16\n" in text
+
+
+def test_triton_says_what_it_lacks(hopper, monkeypatch):
+    monkeypatch.setattr(backends, "_without_triton", lambda: "the package triton is not installed")
+    with pytest.raises(SettingError, match="the package triton is not installed"):
+        choose("triton", gemm())
+    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+    with pytest.raises(SettingError, match=r"cuda has compute capability 7\.5; it needs 8\.0"):
+        choose("triton", gemm())
 
 
 def test_the_second_backend_steps_in_where_the_first_is_missing(hopper, monkeypatch):
@@ -99,10 +138,10 @@ def test_explain_names_the_choice_and_every_refusal():
 
 def test_explain_on_a_hopper_gpu(hopper):
     text = explain(BlockFP8(), 8, 256, 192, "cuda")
-    assert "fprop fp8: dequant_bf16" in text and "dgrad fp8: deepgemm" in text
+    assert "fprop fp8: triton" in text and "dgrad fp8: deepgemm" in text
     assert "not scaled_mm: it sums over 192 features" in text
     experts = explain(BlockFP8(wgrad="fp8"), 8, 256, 256, "cuda", experts=True)
-    assert "wgrad fp8: dequant_bf16" in experts and "no wgrad of experts" in experts
+    assert "wgrad fp8: triton" in experts and "no wgrad of experts" in experts
 
 
 def test_every_backend_states_its_scale_layout():

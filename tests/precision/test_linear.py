@@ -346,6 +346,7 @@ def test_tensors_that_do_not_fit_together_raise():
         (SettingError, "'fast'; expected 'auto'", (x, weight), {"backend": "fast"}),
         (SettingError, "can't run fprop.*Hopper", (x, weight), {"backend": "scaled_mm"}),
         (SettingError, "can't run fprop.*Hopper", (x, weight), {"backend": "deepgemm"}),
+        (SettingError, "can't run fprop.*a CUDA GPU", (x, weight), {"backend": "triton"}),
         (ShapeError, "quantized_weight is", (x, weight[1:]), {"quantized_weight": q}),
         (SettingError, "without quantized", (x, weight), {"transposed_weight": q.t()}),
         (

@@ -109,9 +109,9 @@ def test_a_weight_is_rounded_once_a_step(monkeypatch):
     model = model_of("qwen3_moe")
     convert_(model, [("*", INT4)])
     rounded = []
-    original = modules.quantize
+    original = modules._fake
     monkeypatch.setattr(
-        modules, "quantize", lambda *a, **k: rounded.append(k["name"]) or original(*a, **k)
+        modules, "_fake", lambda weight, *a: rounded.append(weight.shape) or original(weight, *a)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     per_step = 2 * (4 + 2 + 1)  # the halves of gate_up_proj count twice

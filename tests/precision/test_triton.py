@@ -88,7 +88,7 @@ EVERY = [
 def test_unchecked_all_of_a_block_with_nan_or_infinity_is_nan(recipe, role, value, dtype):
     x = broken((3, 160), dtype, value)
     out = _encode(x, recipe, role).dequantize(dtype)
-    fake = _fake(x, recipe, role)
+    fake, _ = _fake(x, recipe, role)
     height, width = {
         BlockFP8: (3 if role == "weight" else 1, 128),
         Int4: (1, 32),
