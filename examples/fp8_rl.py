@@ -8,7 +8,7 @@ The engine serves block FP8: weights rounded 128 x 128, activations 1 x 128. The
 trainer in bf16; both in FP8.
 
 Expected: |trainer - engine| of log-probs is 4e-2 with FP8 in the engine only, and 3e-7 (float32's
-rounding) in bf16 and with FP8 in both, but for a rare step in which a last bit of bf16 differed.
+rounding) in bf16 and with FP8 in both, but for one step of 25.
 Logged in `examples/results/precision`.
 """
 

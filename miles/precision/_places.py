@@ -163,7 +163,7 @@ def _places(
     names = list(parameters)
     starts = list(itertools.accumulate(map(_num_rows, parameters.values()), initial=0))
     numbered = {
-        name: torch.arange(start, start + _num_rows(t)).view(_rows_shape(t))
+        name: _number(t, start)
         for (name, t), start in zip(parameters.items(), starts, strict=False)
     }
     try:
@@ -174,19 +174,22 @@ def _places(
         found = {}
     places, scattered = [], set(names) if not found else set()
     for name, rows in found.items():
-        flat = rows.flatten().numpy()
-        if not len(flat):
+        if not rows.numel():
             raise UnsupportedModelError(
                 f"{name} has shape {tuple(rows.shape)}; expected weights that hold something; "
                 "take it out of the model's state_dict"
             )
-        first = bisect.bisect_right(starts, int(flat[0])) - 1
+        first = bisect.bisect_right(starts, int(rows.flatten()[0])) - 1
         source, start = names[first], starts[first]
-        if _is_run(flat, starts[first + 1]) and shapes[name] == _full(rows, parameters[source]):
+        whole = parameters[source].ndim < 2 or _has_whole_rows(rows)
+        flat = (rows if parameters[source].ndim < 2 else rows[..., 0]).flatten().numpy()
+        full = shapes[name] == _full(rows, parameters[source])
+        if whole and full and _is_run(flat, starts[first + 1]):
             run = int(flat[0]) - start, int(flat[-1]) + 1 - start
             places.append(Place(name, shapes[name], (source,), run))
         else:
-            scattered |= {names[bisect.bisect_right(starts, row) - 1] for row in flat.tolist()}
+            every = rows.unique().tolist()
+            scattered |= {names[bisect.bisect_right(starts, row) - 1] for row in every}
     places = [place for place in places if place.sources[0] not in scattered]
     places += _scattered({n: t for n, t in parameters.items() if n in scattered}, revert)
     position = {name: i for i, name in enumerate(names)}
@@ -195,22 +198,34 @@ def _places(
     return places
 
 
+def _number(tensor: Tensor, start: int) -> Tensor:
+    """The number of each row, counted from `start`, in two columns for any number of them.
+
+    One column would not do: transformers 5.17 squeezes it away.
+    """
+    if tensor.ndim < 2:
+        return torch.arange(start, start + len(tensor.flatten())).view(tensor.shape)
+    rows = torch.arange(start, start + _num_rows(tensor)).view(*tensor.shape[:-1], 1)
+    return rows.repeat(*(1,) * (tensor.ndim - 1), 2)
+
+
+def _has_whole_rows(rows: Tensor) -> bool:
+    """Whether two columns are still two columns."""
+    return rows.ndim > 1 and rows.shape[-1] == 2 and torch.equal(rows[..., 0], rows[..., 1])
+
+
 def _is_run(rows: np.ndarray[Any, Any], end: int) -> bool:
     """Whether rows follow each other, before `end`."""
     return len(rows) > 0 and rows[-1] < end and bool((np.diff(rows) == 1).all())
 
 
 def _full(rows: Tensor, source: Tensor) -> torch.Size:
-    """The shape of whole rows, of one column here."""
+    """The shape of whole rows, of two columns here."""
     return torch.Size((*rows.shape[:-1], source.shape[-1])) if source.ndim > 1 else rows.shape
 
 
 def _num_rows(tensor: Tensor) -> int:
-    return int(torch.Size(_rows_shape(tensor)).numel())
-
-
-def _rows_shape(tensor: Tensor) -> tuple[int, ...]:
-    return (*tensor.shape[:-1], 1) if tensor.ndim > 1 else tuple(tensor.shape)
+    return int(tensor.shape[:-1].numel() if tensor.ndim > 1 else tensor.numel())
 
 
 def _scattered(parameters: StateDict, revert: Callable[[StateDict], StateDict]) -> Iterable[Place]:

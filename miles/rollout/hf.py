@@ -239,7 +239,9 @@ class HFEngine:
                 if alias:
                     live.data = tensors[name]
                 elif live.data_ptr() != tensors[name].data_ptr():
-                    live.data.copy_(tensors[name])
+                    live.copy_(tensors[name])
+                # For what is kept of a weight, rounded, say; `.data` and other processes don't.
+                torch.autograd.graph.increment_version(live)
             if alias:
                 self._memory.weights_moved()
             self._version = version

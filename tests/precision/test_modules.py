@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from miles.precision.modules import (
     high_precision,
     quantized_parameters,
 )
+from miles.rollout import HFEngine
 from tests.models import tiny, token_batch
 
 INT4 = Int4(group_size=8)
@@ -230,3 +232,25 @@ def test_pickling_says_nothing_of_the_cache():
     model(torch.ones(1, 16))
     state = pickle.loads(pickle.dumps(model.state_dict()))
     assert list(state) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_an_engine_rounds_the_weights_that_it_was_given(alias):
+    models = [model_of("llama", seed=seed) for seed in range(3)]
+    served = model_of("llama", seed=0)
+    convert_(served, [("*", INT4)])
+    # The second of two buffers is skipped, so that the first comes back with other numbers.
+    buffer = {name: t.detach().clone() for name, t in models[0].state_dict(keep_vars=True).items()}
+    other = {name: t.detach().clone() for name, t in models[1].state_dict(keep_vars=True).items()}
+    with closing(HFEngine(served)) as engine:
+        engine.commit_weights(buffer, version=1, alias=alias)
+        with torch.no_grad():
+            served(token_batch())
+        engine.commit_weights(other, version=2, alias=alias)
+        for name, tensor in models[2].state_dict().items():
+            buffer[name].copy_(tensor)
+        engine.commit_weights(buffer, version=3, alias=alias)
+        with torch.no_grad():
+            got = served(token_batch()).logits
+    convert_(models[2], [("*", INT4)])
+    assert torch.equal(got, models[2](token_batch()).logits)
