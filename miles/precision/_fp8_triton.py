@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from miles.precision import _fp8
+from miles.precision._launch import cdiv, on_device_of
 from miles.precision.recipes import BlockFP8, Role
 
 __all__ = ["encode", "encode_pair"]
@@ -36,6 +37,8 @@ def encode(tensor: Tensor, recipe: BlockFP8, role: Role) -> Encoded:
     """
     if role == "weight":
         return _squares(tensor, recipe, turned=False)[0]
+    if tensor.ndim == 2:
+        return _of_rows(tensor, recipe, role, turned=False)[0]
     codes, scale = _of_rows(tensor.reshape(-1, tensor.shape[-1]), recipe, role, turned=False)[0]
     scale = scale.unflatten(0, tensor.shape[:-1]) if tensor.ndim > 1 else scale[0]
     return codes.view(tensor.shape), scale
@@ -66,13 +69,12 @@ def _of_rows(x: Tensor, recipe: BlockFP8, role: Role, *, turned: bool) -> list[E
     out = []
     for rows, columns in [(m, k), (k, m)] if turned else [(m, k)]:
         codes = x.new_empty(rows, columns, dtype=_fp8.E4M3)
-        padded = triton.cdiv(rows, 4) * 4
-        scale = x.new_empty(triton.cdiv(columns, 128), padded, dtype=torch.float32)
+        scale = x.new_empty(cdiv(columns, 128), 4 * cdiv(rows, 4), dtype=torch.float32)
         out.append((codes, scale[:, :rows].t()))
     tile = 128 if turned else _ROWS
     if x.numel():
-        with torch.cuda.device_of(x):  # none, for the interpreter
-            _row_kernel[(triton.cdiv(m, tile), triton.cdiv(k, 128))](
+        with on_device_of(x):
+            _row_kernel[(cdiv(m, tile), cdiv(k, 128))](
                 x,
                 *out[0],
                 *out[-1],
@@ -87,20 +89,26 @@ def _of_rows(x: Tensor, recipe: BlockFP8, role: Role, *, turned: bool) -> list[E
                 num_warps=_PAIR_WARPS if turned else _WARPS,
                 enable_fp_fusion=False,
             )
-    return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in out]
+    return _stored(out, recipe)
+
+
+def _stored(pairs: list[Encoded], recipe: BlockFP8) -> list[Encoded]:
+    if recipe.store == "float32":
+        return pairs
+    return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in pairs]
 
 
 def _squares(tensor: Tensor, recipe: BlockFP8, *, turned: bool) -> list[Encoded]:
     *lead, m, k = tensor.shape
     tensor = tensor.contiguous()
-    grid = (triton.cdiv(m, 128), triton.cdiv(k, 128), math.prod(lead))
+    grid = (cdiv(m, 128), cdiv(k, 128), math.prod(lead))
     out = []
     for rows, columns in [(m, k), (k, m)] if turned else [(m, k)]:
         codes = tensor.new_empty(*lead, rows, columns, dtype=_fp8.E4M3)
-        blocks = (*lead, triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+        blocks = (*lead, cdiv(rows, 128), cdiv(columns, 128))
         out.append((codes, codes.new_empty(blocks, dtype=torch.float32)))
     if tensor.numel():
-        with torch.cuda.device_of(tensor):  # none, for the interpreter
+        with on_device_of(tensor):
             _square_kernel[grid](
                 tensor,
                 *out[0],
@@ -113,7 +121,7 @@ def _squares(tensor: Tensor, recipe: BlockFP8, *, turned: bool) -> list[Encoded]
                 num_warps=_SQUARE_WARPS,
                 enable_fp_fusion=False,
             )
-    return [(codes, scale.to(getattr(torch, recipe.store))) for codes, scale in out]
+    return _stored(out, recipe)
 
 
 @triton.jit

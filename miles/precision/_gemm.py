@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miles.errors import ShapeError
 from miles.precision import _blocks, backends
+from miles.precision._launch import on_device_of
 from miles.precision.quantize import _encode, _encode_pair
 from miles.precision.recipes import BlockFP8, Role
 
@@ -144,7 +145,7 @@ def deepgemm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """DeepGEMM's `fp8_gemm_nt`: bf16 from square blocks, float32 from rows."""
     package = backends.deep_gemm()
     rows, columns = a.codes.shape[0], b.codes.shape[0]
-    with torch.cuda.device_of(a.codes):
+    with on_device_of(a.codes):
         if b.square:
             out = a.codes.new_empty(rows, columns, dtype=torch.bfloat16)
             left, right = (a.codes, column_major(a.scale)), (b.codes, b.scale.contiguous())

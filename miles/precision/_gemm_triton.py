@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from miles.errors import DtypeError, SettingError, ShapeError
+from miles.precision._launch import cdiv, on_device_of
 from miles.precision.backends import has_fp8_cores
 
 if TYPE_CHECKING:  # it imports this module
@@ -76,7 +77,7 @@ def dense(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
         return out
     tile = tile_of(rows, columns, _tiles(a.codes.device))
     left, right = _readable(a.codes), _readable(b.codes)
-    with torch.cuda.device_of(out):  # none, for the interpreter
+    with on_device_of(out):
         _dense_kernel[(_count(rows, columns, tile),)](
             left,
             right,
@@ -115,12 +116,12 @@ def grouped(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -> Tenso
     out = a.codes.new_empty(rows, columns, dtype=dtype)
     if not out.numel():
         return out
-    tile = tile_of(triton.cdiv(rows, experts), columns * experts, _tiles(a.codes.device))
+    tile = tile_of(cdiv(rows, experts), columns * experts, _tiles(a.codes.device))
     # An upper bound: of an expert's tiles, one at most isn't full.
-    row_tiles = triton.cdiv(rows, tile.rows) + min(experts, rows) - 1
+    row_tiles = cdiv(rows, tile.rows) + min(experts, rows) - 1
     left, right = _readable(a.codes), _readable(b.codes)
-    with torch.cuda.device_of(out):
-        _grouped_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
+    with on_device_of(out):
+        _grouped_kernel[(row_tiles * cdiv(columns, tile.columns),)](
             left,
             right,
             a.scale,
@@ -167,7 +168,7 @@ def grouped_weight(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -
         return out
     tile = tile_of(rows, columns * experts, _tiles(a.codes.device))
     left, right = _readable(a.codes), _readable(b.codes)
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         _weight_kernel[(_count(rows, columns, tile), experts)](
             left,
             right,
@@ -187,7 +188,7 @@ def grouped_weight(a: Operand, b: Operand, ends_E: Tensor, dtype: torch.dtype) -
 
 
 def _count(rows: int, columns: int, tile: Tile) -> int:
-    return int(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns))
+    return int(cdiv(rows, tile.rows) * cdiv(columns, tile.columns))
 
 
 def _options(codes: Tensor, square: bool, tile: Tile) -> dict[str, object]:

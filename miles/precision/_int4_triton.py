@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from miles.precision import _int4
+from miles.precision._launch import cdiv, on_device_of
 from miles.precision.recipes import Int4
 
 __all__ = ["encode", "encode_packed", "fake_quantize"]
@@ -46,8 +47,8 @@ def _launch(
     width = triton.next_power_of_2(size)
     groups = max(1, _ELEMENTS // width)
     if scale.numel():
-        with torch.cuda.device_of(weight):  # none, for the interpreter
-            _kernel[(triton.cdiv(scale.numel(), groups),)](
+        with on_device_of(weight):
+            _kernel[(cdiv(scale.numel(), groups),)](
                 weight,
                 out,
                 scale,

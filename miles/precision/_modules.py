@@ -13,7 +13,6 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -152,14 +151,16 @@ class _Unseen:
         self._scales = []
         if not alive:
             return
-        where = alive[0][1].device
-        largest = torch.stack([scale.float().amax().to(where) for _, scale in alive]).tolist()
-        bad = [name for (name, _), one in zip(alive, largest, strict=True) if not isfinite(one)]
-        if bad:
-            raise NonFiniteError(
-                f"{', '.join(bad[:5])} held NaN or infinity in the last step, {len(bad)} of "
-                f"{len(alive)} rounded weights; expected finite numbers; a gradient of NaN?"
-            )
+        # One reduction and one wait for all; names are found when something is wrong.
+        first = alive[0][1]
+        every = torch.cat([scale.flatten().to(first) for _, scale in alive])
+        if every.isfinite().all():
+            return
+        bad = [name for name, scale in alive if not scale.isfinite().all()]
+        raise NonFiniteError(
+            f"{', '.join(bad[:5])} held NaN or infinity in the last step, {len(bad)} of "
+            f"{len(alive)} rounded weights; expected finite numbers; a gradient of NaN?"
+        )
 
 
 _UNSEEN = _Unseen()
@@ -189,9 +190,8 @@ class Quantized(nn.Module):
                 f"{self._path} runs under autocast to {torch.get_autocast_dtype(kind)} and rounds "
                 f"{dtype}, other numbers; expected convert_(..., dtype=torch.bfloat16), say"
             )
-        seen = weight.detach().to(dtype)
-        if torch.compiler.is_compiling() or self._sharded():
-            return make(seen, lambda *_: None)
+        if self._keeps_nothing():
+            return make(weight.detach().to(dtype), lambda *_: None)
         # The version counts changes in place, and the steps those of optimizers on shards.
         version = (_STEPS.count, weight._version, weight.data_ptr())
         before = self._rounded.get(name)
@@ -204,14 +204,14 @@ class Quantized(nn.Module):
                 else:
                     _check_finite(scale, of, "weight", full)
 
-            self._rounded[name] = (version, make(seen, look))
+            self._rounded[name] = (version, make(weight.detach().to(dtype), look))
         return self._rounded[name][1]
 
     def _kept(self, weight: Tensor, name: str) -> dict[str, Any]:
         """What the GEMMs of block FP8 need not make in every call, if anything is kept."""
         recipe = self.recipe
         assert isinstance(recipe, BlockFP8)
-        if torch.compiler.is_compiling() or self._sharded():
+        if self._keeps_nothing():
             return {}
 
         def make(seen: Tensor, look: _Look) -> dict[str, Any]:
@@ -225,9 +225,9 @@ class Quantized(nn.Module):
         kept: dict[str, Any] = self._cached(weight, name, make)
         return kept
 
-    def _sharded(self) -> bool:
+    def _keeps_nothing(self) -> bool:
         # A rank that keeps a gathered weight, rounded, has not sharded it.
-        return any(
+        return torch.compiler.is_compiling() or any(
             type(module).__name__.startswith("FSDP")
             for module in (ref() for ref in self._above)
             if module is not None

@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
@@ -85,9 +86,9 @@ def linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     x = _autocast(x)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y = _apply(flat, weight, recipe, backend, quantized_weight, transposed_weight, None)
-    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    y = y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -318,7 +319,7 @@ def _matmul(
     name = backends.choose(backend, gemm)
     if tokens == 0:
         return x_TD.new_empty(0, columns)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with _no_autocast(x_TD):
         role: Literal["activation", "gradient"] = "activation" if kind == "fprop" else "gradient"
         left = _gemm.encode(x_TD.contiguous(), scale_format, role, profile)
         right = Operand(codes.contiguous(), scale.float(), True, x_TD.dtype)
@@ -356,7 +357,7 @@ def _wgrad(
         name = backends.choose(backend, gemm)
     if tokens == 0:
         return dy_TN.new_zeros(shape, dtype=dtype)
-    with torch.autocast(x_TK.device.type, enabled=False):
+    with _no_autocast(x_TK):
         if mode == "bf16" and ends_E is None:
             return _gemm.product(dy_TN.t(), x_TK.t(), dtype)
         if ends_E is None:
@@ -374,13 +375,20 @@ def _grouped_plain(x_TD: Tensor, weight_ECD: Tensor, ends_E: Tensor) -> Tensor:
     _check_ends(ends_E, x_TD.shape[0])
     if x_TD.shape[0] == 0:
         return x_TD.new_empty(0, weight_ECD.shape[1])
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with _no_autocast(x_TD):
         return _gemm_grouped.plain(x_TD.contiguous(), weight_ECD, ends_E)
 
 
 def _autocast(x: Tensor) -> Tensor:
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _check_ends(ends_E: Tensor | None, num_rows: int) -> None:
