@@ -113,15 +113,17 @@ def fp8_linear() -> str:
 def precision_step() -> str:
     """Milliseconds of a training step, its speed against bf16's, and what rounding takes of it."""
     lines = [
-        "| hardware, date | layers | what | ms (p20 to p80) | times bf16 | rounding weights, ms |",
-        "|---|---|---|---|---|---|",
+        "| hardware, date | layers | tokens | what | ms (p20 to p80) | times bf16 |"
+        " rounding weights, ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows("precision_step"):
         ms, p20, p80 = (float(row[key]) for key in ("ms", "p20", "p80"))
         rounding = row["rounding_ms"]
         if rounding:
             rounding = f"{float(rounding):.1f} ({float(row['rounding_percent']):.1f} %)"
-        cells = [f"{row['hardware']}, {row['date']}", row["mode"], row["variant"]]
+        cells = [f"{row['hardware']}, {row['date']}", row["mode"]]
+        cells += [f"{int(row['tokens']):,}", row["variant"]]
         cells += [f"{ms:,.0f} ({p20:,.0f} to {p80:,.0f})"]
         cells += [f"{1 / (1 + float(row['percent']) / 100):.2f}", rounding]
         lines.append(f"| {' | '.join(cells)} |")
@@ -132,7 +134,7 @@ def precision_curves() -> str:
     """Losses of a run in each precision, how far from bf16's, and where nothing was NaN."""
     found = rows("precision_curves_summary")
     rates: dict[tuple[str, str], list[str]] = {}
-    for row in found:
+    for row in sorted(found, key=lambda row: float(row["learning_rate"])):
         if row["run"] == "short":
             rate = f"{float(row['learning_rate']):.0e}".replace("e-0", "e-")
             text = rate if row["finite"] == "True" else f"{rate}: NaN"
