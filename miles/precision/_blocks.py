@@ -12,7 +12,8 @@ __all__ = ["ceil_power_of_two", "floor_power_of_two", "rows", "spread", "tiles"]
 def rows(tensor: Tensor, size: int) -> Tensor:
     """`[..., K]` as `[..., ceil(K / size), size]`, zeros at the end."""
     padded = F.pad(tensor, (0, -tensor.shape[-1] % size))
-    return padded.reshape(*padded.shape[:-1], -1, size)
+    blocks: Tensor = padded.unflatten(-1, (padded.shape[-1] // size, size))  # also of no rows
+    return blocks
 
 
 def tiles(tensor: Tensor, size: int) -> Tensor:

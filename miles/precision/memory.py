@@ -24,7 +24,7 @@ from torch import nn
 
 from miles.errors import MissingExtraError, SettingError, UnsupportedModelError
 from miles.precision._configs import BUILT_IN
-from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe
+from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe, stored_bytes
 
 __all__ = [
     "RECIPES",
@@ -163,31 +163,6 @@ def _read(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         )
     values: dict[str, Any] = json.loads(path.read_text())
     return values
-
-
-def stored_bytes(shape: Sequence[int], recipe: Recipe) -> float:
-    """Codes and scales of a weight, as a checkpoint holds them.
-
-    Args:
-        shape: of two dimensions or more, the matrices last.
-        recipe: what it is rounded to. Tails of a block have a scale of their own; INT4's tensors
-            of two numbers that hold a shape aren't counted.
-
-    Example:
-        >>> from miles.precision import BlockFP8, Int4
-        >>> stored_bytes((128, 256), BlockFP8()), stored_bytes((128, 256), Int4())
-        (32776.0, 18432.0)
-    """
-    *batch, rows, columns = shape
-    count, elements = math.prod(batch), math.prod(shape)
-    if isinstance(recipe, Int4):
-        return elements * recipe.bits_per_weight / 8
-    if isinstance(recipe, BlockFP8):
-        scales = math.ceil(rows / recipe.block) * math.ceil(columns / recipe.block)
-        itemsize = getattr(torch, recipe.store).itemsize
-        return float(elements + count * scales * itemsize)
-    scales = count * rows * math.ceil(columns / recipe.block)
-    return elements + scales if isinstance(recipe, MXFP8) else elements / 2 + scales + 4
 
 
 def is_packed(weight: Weight, recipe: Recipe | None, scope: Scope = "all") -> bool:

@@ -25,7 +25,7 @@ from miles.precision._modules import (
     quantized_parameters,
     weights_of,
 )
-from miles.precision.recipes import BlockFP8, Int4, Recipe
+from miles.precision.recipes import BlockFP8, Int4, Recipe, stored_bytes
 
 __all__ = [
     "ConversionReport",
@@ -142,7 +142,11 @@ def convert_(
         if recipe is not None:
             convert_module(module, recipe, name, dtype, _ancestors(model, name))
         before = sum(weight.numel() * weight.element_size() for weight in weights.values())
-        after = before if recipe is None else sum(_stored(w, recipe) for w in weights.values())
+        after = (
+            before
+            if recipe is None
+            else sum(round(stored_bytes(w.shape, recipe)) for w in weights.values())
+        )
         lines.append(
             ConvertedModule(
                 name=name,
@@ -228,17 +232,3 @@ def _why_not(module: nn.Module, weights: dict[str, Tensor], recipe: Recipe, ragg
             if name == FUSED_HALVES and rows % 128:
                 return f"{name} has halves of {rows} rows, and blocks of 128 would hold both"
     return ""
-
-
-def _stored(weight: Tensor, recipe: Recipe) -> int:
-    """Bytes of codes and scales."""
-    count, columns = weight.numel(), weight.shape[-1]
-    if isinstance(recipe, Int4):
-        return round(count * recipe.bits_per_weight / 8)
-    if isinstance(recipe, BlockFP8):
-        rows = weight.shape[-2]
-        blocks = -(-rows // 128) * -(-columns // 128) * (count // (rows * columns))
-        store: torch.dtype = getattr(torch, recipe.store)
-        return count + blocks * store.itemsize
-    per_block = count // columns * -(-columns // recipe.block)
-    return count + per_block if recipe.block == 32 else -(-count // 2) + per_block + 4

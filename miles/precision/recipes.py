@@ -9,7 +9,8 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -17,7 +18,16 @@ import torch
 
 from miles.errors import SettingError
 
-__all__ = ["MXFP8", "NVFP4", "BlockFP8", "Int4", "Recipe", "Role", "recipe_from_dict"]
+__all__ = [
+    "MXFP8",
+    "NVFP4",
+    "BlockFP8",
+    "Int4",
+    "Recipe",
+    "Role",
+    "recipe_from_dict",
+    "stored_bytes",
+]
 
 Role = Literal["weight", "activation", "gradient"]
 Gemm = Literal["fp8", "bf16", "dequant"]
@@ -219,3 +229,28 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     if unknown:
         raise SettingError(f"{name} has no field {sorted(unknown)}; from a newer version?")
     return recipe(**fields)
+
+
+def stored_bytes(shape: Sequence[int], recipe: Recipe) -> float:
+    """Codes and scales of a weight, as a checkpoint holds them.
+
+    Args:
+        shape: of two dimensions or more, the matrices last.
+        recipe: what it is rounded to. Tails of a block have a scale of their own; INT4's tensors
+            of two numbers that hold a shape aren't counted.
+
+    Example:
+        >>> from miles.precision import BlockFP8, Int4
+        >>> stored_bytes((128, 256), BlockFP8()), stored_bytes((128, 256), Int4())
+        (32776.0, 18432.0)
+    """
+    *batch, rows, columns = shape
+    count, elements = math.prod(batch), math.prod(shape)
+    if isinstance(recipe, Int4):
+        return elements * recipe.bits_per_weight / 8
+    if isinstance(recipe, BlockFP8):
+        scales = math.ceil(rows / recipe.block) * math.ceil(columns / recipe.block)
+        itemsize = getattr(torch, recipe.store).itemsize
+        return float(elements + count * scales * itemsize)
+    scales = count * rows * math.ceil(columns / recipe.block)
+    return elements + scales if isinstance(recipe, MXFP8) else elements / 2 + scales + 4

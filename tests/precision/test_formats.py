@@ -400,3 +400,13 @@ def test_tensors_that_cannot_be_rounded_are_refused():
         quantize(torch.ones(32), BlockFP8())
     with pytest.raises(DtypeError, match="int32"):
         fake_quantize(torch.ones(2, 32, dtype=torch.int32), BlockFP8())
+
+
+@pytest.mark.parametrize("recipe", [BlockFP8(), MXFP8(), NVFP4(), Int4()], ids=repr)
+def test_no_rows_are_rounded_to_no_rows(recipe):
+    for role in recipe.roles:
+        x = torch.empty(0, 128, dtype=torch.bfloat16)
+        q = quantize(x, recipe, role=role)
+        assert q.codes.shape == (0, 128) and len(q.scale) == 0
+        assert torch.equal(q.dequantize(x.dtype), x)
+        assert torch.equal(fake_quantize(x, recipe, role=role), x)
