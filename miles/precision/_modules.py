@@ -10,6 +10,8 @@ Shapes: T tokens, D features, K experts a token, E experts; linears `[N, K]`; fu
 from __future__ import annotations
 
 import contextlib
+import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from miles.errors import NonFiniteError, SettingError
+from miles.errors import SettingError
+from miles.precision._kept import Kept, Look, count_steps
 from miles.precision.linears import grouped_linear, linear
 from miles.precision.quantize import (
     QTensor,
-    _check_finite,
     _encode,
     _encode_pair,
     _fake,
@@ -92,7 +93,7 @@ def drop_cache(model: nn.Module) -> None:
     """Forget rounded weights, after a change that torch does not count (through `.data`)."""
     for module in model.modules():
         if isinstance(module, Quantized):
-            module._rounded.clear()
+            module.weights_changed()
 
 
 @contextlib.contextmanager
@@ -109,113 +110,44 @@ def high_precision(model: nn.Module) -> Iterator[None]:
             module._rounding = was
 
 
-class _Steps:
-    """Counts the steps of all optimizers, from the first conversion on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._counting = False
-
-    def start(self) -> None:
-        if not self._counting:
-            register_optimizer_step_post_hook(self._step)
-            self._counting = True
-
-    def _step(self, *_: Any) -> None:
-        self.count += 1
-
-
-_STEPS = _Steps()
-
-
-class _Unseen:
-    """Scales of weights on a GPU that nobody has looked at: looking at each makes the host wait."""
-
-    def __init__(self) -> None:
-        self._step = 0
-        self._scales: list[tuple[weakref.ref[nn.Module], str, Tensor]] = []
-
-    def add(self, module: nn.Module, name: str, scale: Tensor) -> None:
-        """Remember scales until the next step's first ones come; then one wait is for all.
-
-        Raises:
-            NonFiniteError: NaN or infinity in a weight of the step before.
-        """
-        if self._step != _STEPS.count:
-            self._look()
-        self._step = _STEPS.count
-        self._scales.append((weakref.ref(module), name, scale))
-
-    def _look(self) -> None:
-        alive = [(name, scale) for module, name, scale in self._scales if module() is not None]
-        self._scales = []
-        if not alive:
-            return
-        # One reduction and one wait for all; names are found when something is wrong.
-        first = alive[0][1]
-        every = torch.cat([scale.flatten().to(first) for _, scale in alive])
-        if every.isfinite().all():
-            return
-        bad = [name for name, scale in alive if not scale.isfinite().all()]
-        raise NonFiniteError(
-            f"{', '.join(bad[:5])} held NaN or infinity in the last step, {len(bad)} of "
-            f"{len(alive)} rounded weights; expected finite numbers; a gradient of NaN?"
-        )
-
-
-_UNSEEN = _Unseen()
-_Look = Callable[[Tensor, Tensor], None]
-"""Takes the scales of rounded numbers, and the numbers."""
-
-
 class Quantized(nn.Module):
     """What converted modules have in common."""
 
     recipe: Recipe
     _path: str
     _dtype: torch.dtype | None
-    _rounded: dict[str, tuple[tuple[int, ...], Any]]
+    _rounded: Kept
     _rounding: bool
     _above: tuple[weakref.ref[nn.Module], ...]
 
-    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, _Look], Any]) -> Any:
+    def weights_changed(self) -> None:
+        """Forget what was made of the weights; for who writes them without PyTorch's knowing."""
+        self._rounded.clear()
+
+    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, Look], Any]) -> Any:
         """What `make` makes of the weight that is computed with, once for each version of it.
 
-        NaN is looked for then too: on a GPU the first time, and later at the next step. Where
-        nothing is kept, it comes out of the forward pass.
+        Where nothing is kept, NaN is not looked for: it comes out of the forward pass.
         """
-        dtype, kind = self._dtype or weight.dtype, weight.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
-            raise SettingError(
-                f"{self._path} runs under autocast to {torch.get_autocast_dtype(kind)} and rounds "
-                f"{dtype}, other numbers; expected convert_(..., dtype=torch.bfloat16), say"
-            )
-        if self._keeps_nothing():
+        dtype = self._dtype or weight.dtype
+        if self._keeps_nothing(weight):
             return make(weight.detach().to(dtype), lambda *_: None)
-        # The version counts changes in place, and the steps those of optimizers on shards.
-        version = (_STEPS.count, weight._version, weight.data_ptr())
-        before = self._rounded.get(name)
-        if before is None or before[0] != version:
-            full = f"{self._path}.{name}" if self._path else name
-
-            def look(scale: Tensor, of: Tensor) -> None:
-                if before is not None and scale.is_cuda:
-                    _UNSEEN.add(self, full, scale)
-                else:
-                    _check_finite(scale, of, "weight", full)
-
-            self._rounded[name] = (version, make(weight.detach().to(dtype), look))
-        return self._rounded[name][1]
+        full = f"{self._path}.{name}" if self._path else name
+        root = (self._above[0]() if self._above else None) or self
+        return self._rounded.of(
+            weight, full, root, lambda look: make(weight.detach().to(dtype), look)
+        )
 
     def _kept(self, weight: Tensor, name: str) -> dict[str, Any]:
         """What the GEMMs of block FP8 need not make in every call, if anything is kept."""
         recipe = self.recipe
         assert isinstance(recipe, BlockFP8)
-        if self._keeps_nothing():
+        if self._keeps_nothing(weight):
             return {}
+        backward = weight.is_cuda and recipe.dgrad == "fp8" and torch.is_grad_enabled()
 
-        def make(seen: Tensor, look: _Look) -> dict[str, Any]:
-            if weight.is_cuda and recipe.dgrad == "fp8":
+        def make(seen: Tensor, look: Look) -> dict[str, Any]:
+            if backward:
                 rounded, turned = _encode_pair(seen, recipe, "weight")
             else:
                 rounded, turned = _encode(seen, recipe, "weight"), None
@@ -223,20 +155,38 @@ class Quantized(nn.Module):
             return {"quantized_weight": rounded, "transposed_weight": turned}
 
         kept: dict[str, Any] = self._cached(weight, name, make)
+        if backward and kept["transposed_weight"] is None:
+            kept["transposed_weight"] = kept["quantized_weight"].t()
         return kept
 
-    def _keeps_nothing(self) -> bool:
+    def _keeps_nothing(self, weight: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        if not isinstance(weight, nn.Parameter) or weight.is_inference():
+            return True
         # A rank that keeps a gathered weight, rounded, has not sharded it.
-        return torch.compiler.is_compiling() or any(
-            type(module).__name__.startswith("FSDP")
-            for module in (ref() for ref in self._above)
-            if module is not None
-        )
+        return any(one is not None and _is_sharded(one) for one in (ref() for ref in self._above))
+
+    def _check_dtype(self, weight: Tensor, given: Tensor | None) -> None:
+        """Raise unless what is rounded here is what the exporter rounds."""
+        dtype, kind = self._dtype or weight.dtype, weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        if autocast and torch.get_autocast_dtype(kind) != dtype:
+            raise SettingError(
+                f"{self._path} runs under autocast to {torch.get_autocast_dtype(kind)} and rounds "
+                f"{dtype}, other numbers; expected convert_(..., dtype=torch.bfloat16), say"
+            )
+        if given is not None and not autocast and given.dtype != dtype:
+            raise SettingError(
+                f"{self._path} got {given.dtype} and rounds weights of {dtype}, other numbers; "
+                f"expected {dtype}, or convert_(..., dtype={given.dtype})"
+            )
 
     def _fake(self, name: str, weight: Tensor) -> Tensor:
         """The rounded weight, with the master weight's gradient."""
+        self._check_dtype(weight, None)
 
-        def make(seen: Tensor, look: _Look) -> Tensor:
+        def make(seen: Tensor, look: Look) -> Tensor:
             parts = []
             for part in parts_of(name, seen):
                 rounded, scale = _fake(part, self.recipe, "weight")
@@ -248,7 +198,19 @@ class Quantized(nn.Module):
         return out
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_rounded": {}, "_above": ()}
+        return vars(self) | {"_rounded": Kept(), "_above": ()}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes of converted modules are made when they are needed, in a loading process too.
+        return _empty, (_base_of(type(self)),), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        above = [one for one in (ref() for ref in self._above) if one is not None]
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._above = tuple(weakref.ref(memo[id(one)]) for one in above if id(one) in memo)
+        return copied
 
 
 class _Through(torch.autograd.Function):
@@ -267,6 +229,7 @@ class _Through(torch.autograd.Function):
 class QuantizedLinear(Quantized, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self._rounding and isinstance(self.recipe, BlockFP8):
+            self._check_dtype(self.weight, input)
             kept = self._kept(self.weight, "weight")
             return linear(input, self.weight, self.recipe, bias=self.bias, **kept)
         weight = self._fake("weight", self.weight) if self._rounding else self.weight
@@ -281,14 +244,16 @@ class QuantizedExperts(Quantized):
         if isinstance(self.recipe, BlockFP8):
             return self._in_fp8(*args, **kwargs)
         names = list(weights_of(self))
-        try:
-            for name in names:
-                # An attribute of the instance hides the parameter of that name.
-                vars(self)[name] = self._fake(name, getattr(self, name))
-            return super().forward(*args, **kwargs)
-        finally:
-            for name in names:
-                vars(self).pop(name, None)
+        # An engine's thread and a trainer's may be here at once.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _HIDING:
+            try:
+                for name in names:
+                    # An attribute of the instance hides the parameter of that name.
+                    vars(self)[name] = self._fake(name, getattr(self, name))
+                return super().forward(*args, **kwargs)
+            finally:
+                for name in names:
+                    vars(self).pop(name, None)
 
     def _in_fp8(self, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Rows sorted by expert, two grouped GEMMs, and a weighted sum over a token's experts."""
@@ -306,15 +271,42 @@ class QuantizedExperts(Quantized):
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
-        return rows[back].view(*ids_TK.shape, -1).sum(1).to(hidden_TD.dtype)
+        out: Tensor = rows[back].unflatten(0, ids_TK.shape).sum(1).to(hidden_TD.dtype)
+        return out
 
     def _grouped(self, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
         assert isinstance(self.recipe, BlockFP8)
         weight = getattr(self, name)
+        self._check_dtype(weight, rows)
         return grouped_linear(rows, weight, ends_E, self.recipe, **self._kept(weight, name))
 
 
+_HIDING = threading.RLock()
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+"""By the class that a module had."""
+
+
+def _class_of(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _CLASSES:
+        kind = QuantizedLinear if issubclass(base, nn.Linear) else QuantizedExperts
+        _CLASSES[base] = type(f"Quantized{base.__name__}", (kind, base), {})
+    return _CLASSES[base]
+
+
+def _base_of(kind: type[nn.Module]) -> type[nn.Module]:
+    return next(base for base, made in _CLASSES.items() if made in kind.__mro__)
+
+
+def _empty(base: type[nn.Module]) -> nn.Module:
+    """A converted module without its state, for `pickle`."""
+    count_steps()
+    kind = _class_of(base)
+    return kind.__new__(kind)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    names = {kind.__name__ for kind in type(module).__mro__}
+    return not names.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
 
 
 def convert_module(
@@ -324,17 +316,13 @@ def convert_module(
     dtype: torch.dtype | None,
     above: tuple[nn.Module, ...],
 ) -> None:
-    _STEPS.start()
-    base = type(module)
-    if base not in _CLASSES:
-        kind = QuantizedLinear if isinstance(module, nn.Linear) else QuantizedExperts
-        _CLASSES[base] = type(f"Quantized{base.__name__}", (kind, base), {})
-    module.__class__ = _CLASSES[base]
+    count_steps()
+    module.__class__ = _class_of(type(module))
     vars(module).update(
         recipe=recipe,
         _path=path,
         _dtype=dtype,
-        _rounded={},
+        _rounded=Kept(),
         _rounding=True,
         _above=tuple(weakref.ref(one) for one in (*above, module)),
     )

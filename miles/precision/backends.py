@@ -159,7 +159,7 @@ def choose(backend: str, gemm: Gemm) -> str:
     name, _, refused = _automatic(gemm)
     if not BACKENDS[name].fast:
         reasons = "; ".join(f"{other}: {reason}" for other, reason in refused.items())
-        _warn_once(f"FP8 {_sizes(gemm)} runs as {name}, no faster than bf16. {reasons}")
+        warn_once(f"FP8 {_sizes(gemm)} runs as {name}, no faster than bf16. {reasons}")
     return name
 
 
@@ -307,5 +307,5 @@ def _sizes(gemm: Gemm) -> str:
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=2)

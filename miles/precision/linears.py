@@ -210,6 +210,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
+        if torch.is_grad_enabled() and dy.requires_grad:
+            raise SettingError(
+                "block-FP8 layers have no second derivatives; expected create_graph=False, or "
+                "`high_precision(model)` around that pass"
+            )
         x, weight, codes, scale, ends = ctx.saved_tensors
         recipe: BlockFP8 = ctx.recipe
         dx = dw = None

@@ -212,6 +212,12 @@ def _match(
 
 
 def _why_not(module: nn.Module, weights: dict[str, Tensor], recipe: Recipe, ragged: bool) -> str:
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes in its own way"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "the module above reads its weight and does not call it"
+    if any(module._parameters.get(name) is None for name in weights):
+        return "its weight is computed from other parameters"
     if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
         return "its experts are stored transposed or interleaved, with blocks across projections"
     if isinstance(recipe, BlockFP8) and not isinstance(module, nn.Linear):

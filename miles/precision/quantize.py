@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miles.errors import DtypeError, MissingExtraError, NonFiniteError, SettingError, ShapeError
 from miles.precision import _fp8, _int4, _micro
+from miles.precision.backends import has_fp8_cores, warn_once
 from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe, Role
 
 __all__ = ["QTensor", "fake_quantize", "quantize", "quantize_pair"]
@@ -303,6 +304,12 @@ def _use_triton(tensor: Tensor, recipe: Recipe, backend: Backend) -> bool:
             'BlockFP8 or Int4 on CUDA; or backend="auto"'
         )
     if backend == "reference" or not applies:
+        return False
+    if isinstance(recipe, BlockFP8) and not has_fp8_cores(tensor.device):
+        why = f"{tensor.device} is older than compute capability 8.9, where Triton has no FP8"
+        if backend == "triton":
+            raise SettingError(f'{why}; expected backend="auto", which rounds in plain PyTorch')
+        warn_once(f"block FP8 is rounded in plain PyTorch, which is slow: {why}")
         return False
     installed = importlib.util.find_spec("triton") is not None
     if backend == "triton" and not installed:

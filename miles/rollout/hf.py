@@ -240,9 +240,13 @@ class HFEngine:
                     live.data = tensors[name]
                 elif live.data_ptr() != tensors[name].data_ptr():
                     live.copy_(tensors[name])
-                # For what is kept of a weight, rounded, say; `.data` and other processes don't.
+                # For who counts versions: `.data` and other processes don't.
                 torch.autograd.graph.increment_version(live)
-            if alias:
+            found = (getattr(m, "weights_changed", None) for m in self.model.modules())
+            rounded = [forget for forget in found if callable(forget)]
+            for forget in rounded:
+                forget()
+            if alias or rounded:  # what is made of weights anew lies elsewhere too
                 self._memory.weights_moved()
             self._version = version
 

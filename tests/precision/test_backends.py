@@ -23,7 +23,7 @@ def gemm(**changes) -> Gemm:
 @pytest.fixture
 def hopper(monkeypatch):
     """As if there were a Hopper GPU, with DeepGEMM, Triton and a torch that has scaled_mm."""
-    backends._warn_once.cache_clear()
+    backends.warn_once.cache_clear()
     backends._without_sm90.cache_clear()
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_without_triton", lambda: None)

@@ -1,15 +1,18 @@
 """Converted models: what they compute, what stays as it was, and when weights are rounded."""
 
 import copy
+import io
+import itertools
 import pickle
 from contextlib import closing
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import miles.precision._modules as modules
 from miles.errors import NonFiniteError, SettingError
-from miles.precision import Int4, fake_quantize
+from miles.precision import BlockFP8, Int4, _kept, fake_quantize
 from miles.precision.modules import (
     convert_,
     drop_cache,
@@ -254,3 +257,108 @@ def test_an_engine_rounds_the_weights_that_it_was_given(alias):
             got = served(token_batch()).logits
     convert_(models[2], [("*", INT4)])
     assert torch.equal(got, models[2](token_batch()).logits)
+
+
+FP8 = BlockFP8()
+both_recipes = pytest.mark.parametrize("recipe", [INT4, FP8], ids=["int4", "fp8"])
+
+
+def linears(*sizes, recipe, **settings):
+    """Linear layers without bias, converted."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(n, m, bias=False) for n, m in itertools.pairwise(sizes)]
+    model = torch.nn.Sequential(*layers)
+    assert len(convert_(model, [("*", recipe)], **settings).converted) == len(layers)
+    return model
+
+
+@both_recipes
+def test_two_sets_of_weights_for_one_module_are_rounded_apart(recipe):
+    model, x = linears(128, 128, recipe=recipe), torch.randn(3, 128)
+    policy = {"0.weight": model[0].weight.detach().clone()}
+    for _ in range(20):
+        one = functional_call(model, {"0.weight": policy["0.weight"] * 1}, (x,))
+        other = functional_call(model, {"0.weight": policy["0.weight"] * 2}, (x,))
+        assert torch.equal(2 * one, other)
+
+
+@both_recipes
+def test_training_goes_on_after_an_evaluation_in_inference_mode(recipe):
+    model, x = linears(128, 128, recipe=recipe), torch.randn(3, 128)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        with torch.inference_mode():
+            evaluated = model(x)
+        assert torch.equal(evaluated, model(x).detach())
+        model(x).sum().backward()
+        optimizer.step()
+
+
+@both_recipes
+def test_a_frozen_weight_is_rounded_once(recipe, monkeypatch):
+    model, x = linears(128, 128, recipe=recipe).requires_grad_(False), torch.randn(3, 128)
+    counted = []
+    original = _kept._check_finite
+    monkeypatch.setattr(_kept, "_check_finite", lambda *a: counted.append(a[-1]) or original(*a))
+    other = torch.nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    for _ in range(3):
+        model(x)
+        torch.optim.SGD([other], lr=0.1).step()
+    assert counted == ["0.weight"]
+
+
+@both_recipes
+def test_copies_and_pickles_compute_the_same(recipe):
+    model, x = linears(128, 128, recipe=recipe), torch.randn(3, 128)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(other[0]) is type(model[0]) and torch.equal(other(x), expected)
+        assert [q.name for q in quantized_parameters(other)] == ["0.weight"]
+    inner = copy.deepcopy(model)
+    assert [ref() for ref in inner[0]._above] == [inner, inner[0]]
+
+
+def test_what_computes_in_its_own_way_is_left_alone():
+    class Scaled(torch.nn.Linear):
+        def forward(self, input):
+            return 3 * super().forward(input)
+
+    normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8))
+    attention = torch.nn.MultiheadAttention(8, 2)
+    report = convert_(torch.nn.Sequential(Scaled(8, 8), normed, attention), [("*", INT4)])
+    assert not report.converted
+    reasons = {module.name: module.reason for module in report.modules}
+    assert reasons["0"] == "Scaled computes in its own way"
+    assert reasons["1"] == "its weight is computed from other parameters"
+    assert "does not call it" in reasons["2.out_proj"]
+
+
+def test_second_derivatives_raise():
+    model, x = linears(128, 128, recipe=FP8), torch.randn(3, 128, requires_grad=True)
+    with pytest.raises(SettingError, match="no second derivatives"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with high_precision(model):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    assert gradient.requires_grad
+
+
+def test_a_dtype_that_the_exporter_does_not_round_raises():
+    model, x = linears(128, 128, recipe=FP8), torch.randn(3, 128)
+    with pytest.raises(SettingError, match=r"0 got torch.bfloat16 and rounds weights of .*float32"):
+        model(x.bfloat16())
+    model = linears(128, 128, recipe=FP8, dtype=torch.bfloat16)
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    for call in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(SettingError, match=r"0 got torch.float32 and rounds"):
+            call(x)
+
+
+def test_experts_without_tokens():
+    model = tiny("qwen3_moe", hidden_size=128, moe_intermediate_size=128)
+    experts, ids = model.model.layers[0].mlp.experts, torch.empty(0, 2, dtype=torch.long)
+    convert_(model, [("*.experts", FP8)])
+    assert experts(torch.empty(0, 128), ids, torch.empty(0, 2)).shape == (0, 128)
