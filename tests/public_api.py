@@ -129,6 +129,9 @@ ALL = {
         "EngineProcess",
         "HFEngine",
         "RolloutEngine",
+        "RoutingLayout",
+        "SGLangEngine",
+        "SGLangServer",
         "Sample",
         "SamplingParams",
         "Span",
@@ -171,12 +174,32 @@ ALL = {
         "verify_parity",
     ],
     "miles.sync": [
+        "CollectiveReceiver",
+        "CollectiveSyncer",
+        "CudaIpcReceiver",
+        "CudaIpcSyncer",
+        "DeltaReport",
+        "DiskReceiver",
+        "DiskSyncer",
         "InProcessSyncer",
+        "MegatronNames",
+        "NameMap",
+        "NameRule",
+        "ProbeReport",
+        "SGLangNames",
+        "SGLangSyncer",
         "SharedMemoryReceiver",
         "SharedMemorySyncer",
         "SyncReport",
         "WeightSyncer",
         "WeightTarget",
+        "apply_delta",
+        "encode_delta",
+        "families",
+        "measure_delta",
+        "model_logprobs",
+        "name_map",
+        "probe",
     ],
     "miles.errors": [
         "CheckpointError",
@@ -434,6 +457,19 @@ PARAMETERS = {
         "cuda_graphs"
     ),
     "miles.rollout.EngineProcess": "factory args * start_timeout",
+    "miles.rollout.RoutingLayout": "* num_layers topk num_experts moe_layers",
+    "miles.rollout.RoutingLayout.from_config": "config",
+    "miles.rollout.SGLangEngine": (
+        "urls * routing sampling return_sampling_mask pause_mode api_key admin_api_key "
+        "max_in_flight retries backoff timeout request_timeout abort_timeout recheck_seconds "
+        "assume_version"
+    ),
+    "miles.rollout.SGLangEngine.readmit": "self url",
+    "miles.rollout.SGLangEngine.refresh": "self",
+    "miles.rollout.SGLangServer": (
+        "model_path * args host port env cwd python module log on_line start_timeout stop_timeout "
+        "api_key"
+    ),
     "miles.rollout.RolloutEngine.generate": "self prompt params * request_id",
     "miles.rollout.RolloutEngine.abort": "self request_ids",
     "miles.rollout.RolloutEngine.pause": "self",
@@ -441,7 +477,36 @@ PARAMETERS = {
     "miles.sync.InProcessSyncer": "target",
     "miles.sync.SharedMemorySyncer": "address * timeout",
     "miles.sync.SharedMemoryReceiver": "target address",
-    "miles.sync.SyncReport": "* version num_tensors num_bytes copied_bytes seconds",
+    "miles.sync.CollectiveSyncer": ("group * trainers bucket_bytes timeout device progress"),
+    "miles.sync.CollectiveReceiver": "target group * timeout device",
+    "miles.sync.CudaIpcSyncer": "address * bucket_bytes timeout",
+    "miles.sync.CudaIpcReceiver": "target address * direct alias",
+    "miles.sync.SGLangSyncer": (
+        "urls * via bucket_bytes api_key admin_key pause selector verify folder master backend "
+        "timeout assume_version"
+    ),
+    "miles.sync.DiskSyncer": ("folder * delta full_every keep shard_bytes level trainers progress"),
+    "miles.sync.DiskReceiver": "target folder * poll_seconds",
+    "miles.sync.encode_delta": "old new * level",
+    "miles.sync.apply_delta": "old delta",
+    "miles.sync.measure_delta": "old new * level",
+    "miles.sync.DeltaReport": "* num_elements num_changed full_bytes delta_bytes",
+    "miles.sync.probe": "engine trainer prompts * params version max_mean max_abs max_k3",
+    "miles.sync.model_logprobs": "model * temperature",
+    "miles.sync.ProbeReport": "* num_tokens mean_abs max_abs k3 worst worst_mean_abs",
+    "miles.sync.name_map": "config * source target layers experts megatron sglang",
+    "miles.sync.families": "",
+    "miles.sync.NameMap": "rules * namings",
+    "miles.sync.NameMap.forward": "self tensors * strict",
+    "miles.sync.NameMap.backward": "self tensors * strict",
+    "miles.sync.NameMap.inverse": "self",
+    "miles.sync.NameMap.then": "self other",
+    "miles.sync.NameRule": "source target transform",
+    "miles.sync.MegatronNames": "* fused_layernorm experts padded_vocab_size",
+    "miles.sync.SGLangNames": "* padded_vocab_size fused_shared_experts",
+    "miles.sync.SyncReport": (
+        "* version num_tensors num_bytes copied_bytes seconds num_buckets phases"
+    ),
     "miles.sync.WeightSyncer.push": "self weights * version",
     "miles.sync.WeightTarget.commit_weights": "self tensors * version alias",
 }

@@ -49,7 +49,17 @@ def test_engines_take_what_the_protocol_says(engine):
     assert isinstance(find(engine).weight_version, property)
 
 
-@pytest.mark.parametrize("syncer", ["InProcessSyncer", "SharedMemorySyncer"])
+@pytest.mark.parametrize(
+    "syncer",
+    [
+        "CollectiveSyncer",
+        "CudaIpcSyncer",
+        "DiskSyncer",
+        "InProcessSyncer",
+        "SGLangSyncer",
+        "SharedMemorySyncer",
+    ],
+)
 def test_syncers_take_what_the_protocol_says(syncer):
     expected = PARAMETERS["miles.sync.WeightSyncer.push"]
     assert parameters(f"miles.sync.{syncer}.push") == expected

@@ -1,5 +1,6 @@
 """Samples, and the engines that produce them."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from miles.protocols import RolloutEngine
@@ -8,12 +9,17 @@ from miles.rollout.hf import HFEngine
 from miles.rollout.sample import Sample, SamplingParams, Span, Status
 
 if TYPE_CHECKING:
+    from miles.rollout._sglang_server import SGLangServer
     from miles.rollout.process import EngineProcess
+    from miles.rollout.sglang import RoutingLayout, SGLangEngine
 
 __all__ = [
     "EngineProcess",
     "HFEngine",
     "RolloutEngine",
+    "RoutingLayout",
+    "SGLangEngine",
+    "SGLangServer",
     "Sample",
     "SamplingParams",
     "Span",
@@ -23,9 +29,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "EngineProcess":  # needs msgspec
-        from miles.rollout.process import EngineProcess
+LAZY = {  # these need an extra
+    "EngineProcess": "miles.rollout.process",
+    "RoutingLayout": "miles.rollout.sglang",
+    "SGLangEngine": "miles.rollout.sglang",
+    "SGLangServer": "miles.rollout._sglang_server",
+}
 
-        return EngineProcess
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module 'miles.rollout' has no attribute {name!r}")

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.errors import SyncError
 
-__all__ = ["check_version", "layout", "match", "pair"]
+__all__ = ["check_version", "layout", "match", "memory_of", "pair"]
 
 ALIGNMENT = 256
 
@@ -49,10 +49,10 @@ def pair(
                 raise SyncError(
                     f"{name} has shape {tuple(tensor.shape)}; the engine expects {shape}"
                 )
-            taken.add(_memory(tensor))
+            taken.add(memory_of(tensor))
             yield name, tensor.detach()
         else:
-            extra[name] = _memory(tensor)
+            extra[name] = memory_of(tensor)
     unknown = [name for name, memory in extra.items() if memory not in taken]
     if left or unknown:
         raise SyncError(
@@ -64,13 +64,14 @@ def pair(
 _Memory = tuple[StorageWeakRef, int]
 
 
-def _memory(tensor: Tensor) -> _Memory:
+def memory_of(tensor: Tensor) -> _Memory:
     """Where a tensor lies; a weak reference, since an address alone is used again after a free."""
-    return StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset())
+    shard = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no storage
+    return StorageWeakRef(shard.untyped_storage()), int(shard.storage_offset())
 
 
 def layout(
-    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, alignment: int = ALIGNMENT
 ) -> tuple[dict[str, int], int]:
     """Byte offset of each tensor in one buffer, and the buffer's size."""
     offsets: dict[str, int] = {}
@@ -78,5 +79,5 @@ def layout(
     for name, (shape, dtype) in expected.items():
         offsets[name] = end
         nbytes = dtype.itemsize * torch.Size(shape).numel()
-        end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        end += -(-nbytes // alignment) * alignment
     return offsets, end

@@ -111,7 +111,8 @@ def _without_transformer_engine() -> Iterator[None]:
         yield
 
 
-def config(**changes: Any) -> Any:
+def config(kind: Any = None, **changes: Any) -> Any:
+    """Settings of a tiny model, in a class other than `TransformerConfig` if one is given."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     settings: dict[str, Any] = {
@@ -142,7 +143,7 @@ def config(**changes: Any) -> Any:
     }
     settings |= changes
     settings.setdefault("pipeline_dtype", settings["params_dtype"])
-    return TransformerConfig(**settings)
+    return (kind or TransformerConfig)(**settings)
 
 
 def gpt(settings: Any, *, seed: int = 0, mtp: bool = False, **changes: Any) -> Any:

@@ -1,0 +1,274 @@
+"""An SGLang server as a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from miles.errors import EngineDiedError, EngineError, MissingExtraError, SettingError
+
+try:
+    import httpx
+except ImportError as error:
+    raise MissingExtraError("httpx", "sglang") from error
+
+__all__ = ["SGLangServer"]
+
+LOG_LINES = 40
+"""How much of the log an error shows."""
+POLL_SECONDS = 0.2
+WATCHDOG = """
+import os, signal, sys
+sys.stdin.read()  # ends when the parent does, however that ends
+try:
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
+
+
+class SGLangServer:
+    """Starts `sglang.launch_server` in a process group of its own, and ends all of it.
+
+    `start` returns when the server has answered a request; until then `/health` says 503. If this
+    process ends, even by SIGKILL, the server is ended too.
+
+    Args:
+        model_path: what to serve.
+        args: further flags of `sglang.launch_server`.
+        host: address that it listens on.
+        port: its port; None takes a free one.
+        env: environment variables for it alone, beside those of this process: `PYTHONPATH`, if it
+            needs other packages than the trainer.
+        cwd: folder that it runs in; `python -m` looks for modules there first.
+        python: the interpreter that has SGLang.
+        module: what to run instead of `sglang.launch_server`.
+        log: file for its output; None takes a temporary one, see `log`.
+        on_line: called with each line of it, in a thread.
+        start_timeout: seconds until the first answer.
+        stop_timeout: seconds between SIGTERM and SIGKILL.
+        api_key: passed on, and used for the first request.
+
+    Raises:
+        SettingError: a port that is taken.
+
+    Example:
+        >>> from miles.rollout import SGLangServer
+        >>> server = SGLangServer("Qwen/Qwen3-0.6B", args=["--skip-tokenizer-init"], port=30000)
+        >>> server.url, server.alive
+        ('http://127.0.0.1:30000', False)
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        args: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        python: str = sys.executable,
+        module: str = "sglang.launch_server",
+        log: str | os.PathLike[str] | None = None,
+        on_line: Callable[[str], None] | None = None,
+        start_timeout: float = 900.0,
+        stop_timeout: float = 20.0,
+        api_key: str | None = None,
+    ) -> None:
+        self.port = _free_port(host) if port is None else port
+        self.url = f"http://{host}:{self.port}"
+        self.log = Path(tempfile.mkdtemp(prefix="sglang-") if log is None else log)
+        if log is None:
+            self.log /= "server.log"
+        key = [] if api_key is None else ["--api-key", api_key]
+        self.command = [
+            *(["env", *(f"{k}={v}" for k, v in env.items())] if env else []),
+            python, "-m", module, "--model-path", os.fspath(model_path),
+            "--host", host, "--port", str(self.port), *key, *args,
+        ]  # fmt: skip
+        self._cwd, self._on_line = cwd, on_line
+        self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
+        self._api_key = api_key
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, which is the group's id too; None before `start`."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def check(self) -> None:
+        """Nothing, as long as it runs.
+
+        Raises:
+            EngineDiedError: it ended by itself; the text holds the end of its log.
+        """
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise EngineDiedError(
+                f"the server {self._process.pid} ended with exit code {code}. The end of "
+                f"{self.log}:\n{self.last_lines()}"
+            )
+
+    def last_lines(self, count: int = LOG_LINES) -> str:
+        """The end of its log."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.log.read_bytes().splitlines()[-count:]
+            return b"\n".join(lines).decode(errors="replace")
+        return ""
+
+    def start(self) -> Self:
+        """Start it and wait until it has answered.
+
+        Raises:
+            EngineDiedError: it ended before that.
+            EngineError: it did not answer in `start_timeout`; it is ended.
+            SettingError: there is no such interpreter, or the port is taken.
+        """
+        if self.alive:
+            return self
+        self._clean_up()
+        _check_port_is_free(self.url)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.log.open("wb") as file:
+                self._process = subprocess.Popen(
+                    self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    process_group=0, cwd=self._cwd,
+                )  # fmt: skip
+        except OSError as error:
+            raise SettingError(
+                f"{self.command[0]!r} cannot be started ({error}); expected an interpreter that "
+                "has sglang"
+            ) from error
+        try:
+            # Its own group, so that neither Ctrl-C nor the end of the server's ends it.
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", WATCHDOG, str(self._process.pid)],
+                stdin=subprocess.PIPE, process_group=0,
+            )  # fmt: skip
+            if self._on_line is not None:
+                self._reader = threading.Thread(
+                    target=self._read, args=(self._process, self._on_line), daemon=True
+                )
+                self._reader.start()
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End it and all its children: SIGTERM, then SIGKILL."""
+        if self._process is not None:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._stop_timeout)
+        self._clean_up()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _clean_up(self) -> None:
+        """Make sure that nothing is left of the group, then that nobody watches it."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)  # children too, which outlive a parent that was killed
+            self._process.wait()
+        if self._watchdog is not None:
+            self._watchdog.kill()
+            self._watchdog.communicate()
+            self._watchdog = None
+        if self._reader is not None:
+            self._reader.join()
+            self._reader = None
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+    def _wait(self) -> None:
+        """Until it has answered: that it listens means nothing yet."""
+        end = time.monotonic() + self._start_timeout
+        headers = {} if self._api_key is None else {"authorization": f"Bearer {self._api_key}"}
+        body: dict[str, Any] = {
+            "input_ids": [1], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        }  # fmt: skip
+        said = "nothing"
+        with httpx.Client(base_url=self.url, headers=headers, trust_env=False) as client:
+            for method, path, content in (
+                ("GET", "/server_info", None),
+                ("POST", "/generate", body),
+            ):
+                while True:
+                    self.check()
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        raise EngineError(
+                            f"the server did not answer {path} within {self._start_timeout:.0f} s "
+                            f"(it said: {said}); raise start_timeout, or look at the end of "
+                            f"{self.log}:\n{self.last_lines()}"
+                        )
+                    # A server that dies while it computes resets the connection.
+                    with contextlib.suppress(httpx.TransportError):
+                        answer = client.request(method, path, json=content, timeout=left)
+                        if answer.status_code == 200:
+                            break
+                        said = f"{answer.status_code} {answer.text[:500]}"
+                    time.sleep(POLL_SECONDS)
+
+    def _read(self, process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+        """Hand on lines until the process is gone and all are read."""
+        with self.log.open("rb") as file:
+            rest = b""
+            while True:
+                gone = process.poll() is not None
+                rest += file.read()
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    on_line(line.decode(errors="replace"))
+                if gone:
+                    if rest:
+                        on_line(rest.decode(errors="replace"))
+                    return
+                time.sleep(POLL_SECONDS)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _check_port_is_free(url: str) -> None:
+    """A server of someone else would answer in the place of ours."""
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            raise SettingError(
+                f"port {port} of {host} cannot be used ({error}); another server may run there; "
+                "choose another, or leave port= out"
+            ) from error

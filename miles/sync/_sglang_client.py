@@ -1,0 +1,167 @@
+"""The endpoints of one SGLang server that a weight sync uses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from miles.errors import MissingExtraError, SettingError, SyncError
+
+__all__ = ["Client", "KNOWN_VERSIONS", "MIXED"]
+
+KNOWN_VERSIONS = ("0.5.17", "0.5.18", "0.5.19", "0.5.21", "0.5.22", "0.5.23")
+SESSIONS_SINCE = 21
+MIXED = -1
+"""The weight version of a server that got a part of an update."""
+
+
+class Client:
+    """A server's address, its version, and calls to it that fail with what to do.
+
+    Args:
+        url: its address.
+        api_key: what the server was started with, or None.
+        admin_key: likewise `--admin-api-key`, for control endpoints.
+        timeout: seconds for a call.
+        assume_version: treat an unknown version of SGLang as this one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        admin_key: str | None,
+        timeout: float,
+        assume_version: str | None,
+    ) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise MissingExtraError("httpx", "sglang") from error
+        if assume_version not in (None, *KNOWN_VERSIONS):
+            raise SettingError(
+                f"assume_version is {assume_version!r}; expected one of {', '.join(KNOWN_VERSIONS)}"
+            )
+        self.url = url.rstrip("/")
+        self.tp_size = 1
+        self.sessions = False
+        self._key, self._admin_key = api_key, admin_key or api_key
+        self._assumed = assume_version
+        self._errors = httpx.HTTPError, httpx.InvalidURL
+        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def weight_version(self) -> int:
+        """Ask for SGLang's version and the weights' one.
+
+        Raises:
+            SyncError: no server, one that is not known, or weights whose version is no number.
+        """
+        info = self._get("/server_info")
+        self._learn(info)
+        said = self._get("/model_info").get("weight_version")
+        if said in (None, "default"):
+            return 0
+        try:
+            return int(said)
+        except (TypeError, ValueError) as error:
+            raise SyncError(
+                f"{self.url} says that its weight version is {said!r}; expected an integer: start "
+                "it with --weight-version 0, or send one to /update_weight_version"
+            ) from error
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **query: Any) -> Any:
+        """Call a control endpoint; its answer, where it says that it succeeded.
+
+        Raises:
+            SyncError: the call failed, or the answer says `success: false`.
+        """
+        answer = self._call("POST", path, self._admin_key, body or {}, query)
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise self._refused(path, answer.get("message", answer))
+        return answer
+
+    def _get(self, path: str) -> dict[str, Any]:
+        answer = self._call("GET", path, self._key, None, {})
+        if not isinstance(answer, dict):
+            raise self._nonsense(path, repr(answer))
+        return answer
+
+    def _learn(self, info: dict[str, Any]) -> None:
+        version = str(info.get("version"))
+        match = re.match(r"v?(\d+\.\d+\.\d+)(?![\d.]*(?:dev|rc|a|b))", version)
+        release = match.group(1) if match else ""
+        if release not in KNOWN_VERSIONS:
+            if self._assumed is None:
+                raise SyncError(
+                    f"{self.url} runs SGLang {version!r}; expected one of "
+                    f"{', '.join(KNOWN_VERSIONS)}: install one of these, or pass assume_version= "
+                    "with the one whose interface it has"
+                )
+            release = self._assumed
+        self.sessions = int(release.split(".")[2]) >= SESSIONS_SINCE
+        self.tp_size = int(info.get("tp_size") or 1)
+        if int(info.get("dp_size") or 1) > 1 and not info.get("enable_dp_attention"):
+            raise SyncError(
+                f"{self.url} has dp_size={info['dp_size']}, which SGLang cannot update; expected "
+                "1: start one server for each replica and give their urls"
+            )
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        key: str | None,
+        body: dict[str, Any] | None,
+        query: dict[str, Any],
+    ) -> Any:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            answer = self._http.request(
+                method, self.url + path, json=body, params=query, headers=headers
+            )
+        except self._errors as error:
+            raise SyncError(
+                f"no answer of {self.url}{path} ({type(error).__name__}: {error}); expected an "
+                "SGLang server there: look at its log, start it again if it is gone"
+            ) from error
+        if answer.status_code in (401, 403):
+            given = "the given one" if key else "none"
+            raise SyncError(
+                f"{self.url}{path} wants a key and got {given}; pass admin_key= with what the "
+                "server was started with (--admin-api-key), api_key= if it has only --api-key"
+            )
+        if answer.status_code == 404:
+            raise self._nonsense(path, "404 Not Found")
+        try:
+            content = answer.json()
+        except ValueError as error:
+            if path == "/flush_cache" and answer.is_success:
+                return None  # the one that answers in plain text
+            if answer.is_success:
+                raise self._nonsense(path, repr(answer.text[:200])) from error
+            content = answer.text[:200]
+        if not answer.is_success:
+            raise self._refused(path, f"{answer.status_code} {_message(content)}")
+        return content
+
+    def _refused(self, path: str, message: Any) -> SyncError:
+        return SyncError(f"{self.url}{path} failed: {message}")
+
+    def _nonsense(self, path: str, what: str) -> SyncError:
+        return SyncError(
+            f"{self.url}{path} answered {what}; expected what SGLang {KNOWN_VERSIONS[0]} to "
+            f"{KNOWN_VERSIONS[-1]} send: is this the address of an SGLang server?"
+        )
+
+
+def _message(content: Any) -> Any:
+    """The text in an answer that is an error."""
+    for key in ("message", "error", "detail"):
+        if isinstance(content, dict) and key in content:
+            return _message(content[key])
+    return content

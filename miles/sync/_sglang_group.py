@@ -1,0 +1,101 @@
+"""The process group of a trainer and the ranks of SGLang servers."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
+
+from miles.errors import SyncError
+
+__all__ = ["Group", "join"]
+
+
+class Group:
+    """Rank 0 of a group of its own, beside whatever groups the trainer has.
+
+    Args:
+        address: of this host, as the servers reach it.
+        port: free on this host.
+        size: ranks of all servers, and this one.
+        name: as given to the servers.
+        backend: "nccl", or "gloo" on the CPU.
+        timeout: seconds to wait for the servers.
+    """
+
+    def __init__(
+        self, address: str, port: int, *, size: int, name: str, backend: str, timeout: float
+    ) -> None:
+        self._timeout = timeout
+        self._group = join(address, port, rank=0, size=size, name=name, backend=backend,
+                           timeout=timeout)  # fmt: skip
+
+    def broadcast(self, flat: Tensor) -> Any:
+        """Start to send; see `finished`."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+        work = self._group.broadcast([flat], options)
+        if not flat.is_cuda:
+            return work
+        work.wait()  # on the device only
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def finished(self, sent: Any) -> bool:
+        """Whether everybody has it."""
+        done = sent.query() if isinstance(sent, torch.cuda.Event) else sent.is_completed()
+        return bool(done)
+
+    def finish(self, sent: Any, calls: list[Any]) -> None:
+        """Wait, as long as no call fails: a server that refuses never joins the broadcast.
+
+        Args:
+            sent: from `broadcast`.
+            calls: futures of the HTTP calls, which answer after the broadcast unless they fail.
+        """
+        deadline = time.monotonic() + self._timeout
+        while not self.finished(sent):
+            failed = [call for call in calls if call.done() and call.exception()]
+            if failed or time.monotonic() > deadline:
+                self.abandon()
+                for call in failed:
+                    call.result()
+                raise SyncError(
+                    f"a broadcast took more than {self._timeout:g} s; is every server up, and does "
+                    "NCCL find a way to it?"
+                )
+            time.sleep(0.0005)
+
+    def abandon(self) -> None:
+        """End what is under way; the group is of no use any more."""
+        if hasattr(self._group, "abort"):
+            self._group.abort()
+
+    def close(self) -> None:
+        """Leave."""
+        dist.destroy_process_group(self._group)
+
+
+def join(
+    address: str, port: int, *, rank: int, size: int, name: str, backend: str, timeout: float
+) -> Any:
+    """A process group as SGLang makes it: apart from the default one, which need not exist."""
+    limit = timedelta(seconds=timeout)
+    method = f"tcp://{address}:{port}"
+    store, _, _ = next(rendezvous(method, rank, size, timeout=limit))
+    store.set_timeout(limit)
+    named: Any = name
+    group, _ = distributed_c10d._new_process_group_helper(
+        size, rank, [], dist.Backend(backend), distributed_c10d.PrefixStore(name, store),
+        group_name=named, timeout=limit,
+    )  # fmt: skip
+    # As for a group made by `new_group`; `destroy_process_group` wants it.
+    distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+    return group

@@ -1,0 +1,69 @@
+"""What the ranks of one trainer tell each other, so that all of them push or none does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles.errors import SyncError
+
+__all__ = ["Trainers"]
+
+
+class Trainers:
+    """The ranks that hold parts of the weights; rank 0 of the group acts for them.
+
+    Args:
+        group: their process group, None for a trainer of one process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group if group is not None and group.size() > 1 else None
+        self.alone = self._group is None
+        self.rank = 0 if self._group is None else self._group.rank()
+
+    def agree(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on rank 0, which JSON can hold, on every rank; all of them call it.
+
+        Raises:
+            SyncError: it raised on rank 0.
+            Exception: what it raised on this rank, once the others know.
+        """
+        result: Any = None
+        failure: BaseException | None = None
+        try:
+            result = {"result": act()}
+        except BaseException as error:
+            failure = error
+            result = {"error": f"{type(error).__name__}: {error}"}
+        if self._group is not None:
+            result = self._share(result, self._group)
+        if failure is not None:
+            raise failure
+        if "error" in result:
+            raise SyncError(f"rank 0 of the trainers failed: {result['error']}")
+        return result["result"]
+
+    def _share(self, message: Any, group: dist.ProcessGroup) -> Any:
+        cpu = "cpu:" in dist.get_backend_config(group)
+        device = torch.device("cpu" if cpu else "cuda")
+        body = bytearray(json.dumps(message).encode()) if self.rank == 0 else bytearray()
+        length = torch.tensor([len(body)], device=device)
+        _broadcast(length, group)
+        if self.rank == 0:
+            data = torch.frombuffer(body, dtype=torch.uint8).to(device)
+        else:
+            data = torch.empty(int(length), dtype=torch.uint8, device=device)
+        _broadcast(data, group)
+        return json.loads(data.cpu().numpy().tobytes())
+
+
+def _broadcast(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    group.broadcast([tensor], options).wait()

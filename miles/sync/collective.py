@@ -1,0 +1,333 @@
+"""Weights for engines on other devices or machines, through a process group (NCCL or gloo).
+
+Rank 0 of the group sends, all others receive. A push goes through these messages, each a JSON
+object from one rank to one rank over the group's CPU backend (nothing is ever unpickled):
+
+    sender: hello       receivers: what they serve and expect
+    sender: begin       the version, or skip
+    sender: bucket ...  which tensors, where; then the bytes, broadcast, two buckets at a time
+    sender: end         the checksums    receivers: vote
+    sender: commit      or abort         receivers: done
+
+Receivers put the bytes into memory that isn't served. They commit when all voted for it, and none
+does when one did not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles.errors import SettingError, SyncError
+from miles.protocols import SyncReport, WeightTarget
+from miles.sync._buckets import Piece, check_bucket_bytes, gathered
+from miles.sync._collective import Sender
+from miles.sync._inbox import Inbox
+from miles.sync._link import Link, PeerLostError
+from miles.sync._plan import layout
+from miles.sync._progress import bar
+from miles.sync._session import describe, specs_of
+from miles.sync._trainers import Trainers
+
+__all__ = ["CollectiveReceiver", "CollectiveSyncer"]
+
+
+class CollectiveSyncer:
+    """The trainer's side.
+
+    Every rank of a sharded trainer makes one and pushes; rank 0 sends, the others take part in
+    gathering one tensor at a time, and all of them return or raise together:
+
+        pair = dist.new_group([0, 2], backend="cpu:gloo,cuda:nccl")  # trainer rank 0 and the engine
+        trainers = dist.new_group([0, 1])
+        CollectiveSyncer(pair, trainers=trainers).push(model.state_dict().items(), version=1)
+
+    After an error that says that a rank is gone the group is of no use: make a new one, with a new
+    syncer. After any other, push again.
+
+    Args:
+        group: the sender, rank 0, and the receivers. On ranks that are not in it, what
+            `dist.new_group` returns there, or None.
+        trainers: the ranks that hold the weights, if there are several; rank 0 of it sends.
+        bucket_bytes: most bytes in a broadcast, a multiple of 256; the sender holds two buckets.
+        timeout: seconds that a receiver may be silent. Ranks of the trainer wait for one another
+            as long as their own group lets them.
+        device: where the buckets are; by default a GPU if the group has NCCL, else the CPU.
+        progress: a bar (of tqdm) when a push takes longer than a second.
+
+    Raises:
+        SettingError: a group without a CPU backend, or a bucket size that cannot be.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        trainers: dist.ProcessGroup | None = None,
+        bucket_bytes: int = 256 << 20,
+        timeout: float = 120.0,
+        device: torch.device | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._trainers = Trainers(trainers)
+        check_bucket_bytes(bucket_bytes)
+        self._progress = progress
+        self._sender: Sender | None = None
+        if self._trainers.rank == 0:
+            link = Link(group, timeout, device)
+            if link.rank != 0 or link.size < 2:
+                raise SettingError(
+                    f"the sender is rank {link.rank} of {link.size} in the group; expected rank 0 "
+                    "of 2 or more, so name it first in dist.new_group, then the receivers"
+                )
+            self._sender = Sender(link, bucket_bytes)
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
+        """See `WeightSyncer.push`; every rank of the trainer calls it with the same names.
+
+        Raises:
+            SyncError: names what went wrong, at which rank, bucket and tensor. All engines serve
+                what they served before, unless the text says that some have committed; pushing
+                the version again settles that.
+        """
+        start = time.perf_counter()
+        plan = self._trainers.agree(lambda: self._sender and self._sender.open(version))
+        outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
+        if not plan["skip"]:
+            specs = specs_of(plan)
+            tensors = gathered(weights, specs)
+
+            def send() -> dict[str, Any] | None:
+                try:
+                    if self._sender is not None:
+                        with bar(self._progress, layout(specs)[1], version) as moved:
+                            return self._sender.send(tensors, specs, version, moved)
+                finally:  # the gathers of the other ranks need this one, whatever happened
+                    for _ in () if self._trainers.alone else tensors:
+                        pass
+                return None
+
+            outcome = self._trainers.agree(send)
+        return SyncReport(version=version, seconds=time.perf_counter() - start, **outcome)
+
+    def close(self) -> None:
+        """Tell the receivers that no more will come, and release the buffers."""
+        if self._sender is not None:
+            self._sender.close()
+
+
+class CollectiveReceiver:
+    """An engine's side: a loop in the engine's process.
+
+    Call `start()` for a thread of its own, `serve()` to spend this one on it, or `receive_once()`
+    between two steps of yours. New weights lie beside those served until they are committed: on the
+    CPU the target's tensors become views of that memory, on other devices they are copied.
+
+    Args:
+        target: the engine.
+        group: the sender, rank 0, and the receivers; for a GPU, of backend
+            "cpu:gloo,cuda:nccl".
+        timeout: seconds that the sender may be silent in the middle of a push.
+        device: where bytes arrive; by default a GPU if the group has NCCL, else the CPU.
+
+    Raises:
+        SettingError: a group without a CPU backend, or rank 0, which sends.
+    """
+
+    def __init__(
+        self,
+        target: WeightTarget,
+        group: dist.ProcessGroup,
+        *,
+        timeout: float = 120.0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._target = target
+        self._link = Link(group, timeout, device)
+        if self._link.rank == 0:
+            raise SettingError("the receiver is rank 0 of the group; expected the trainer there")
+        # With aliasing they take turns: what was committed is not written again.
+        self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        """What ended the thread of `start()`, if the sender did not."""
+
+    def start(self) -> None:
+        """`serve()` in a thread."""
+
+        def serve() -> None:
+            try:
+                self.serve()
+            except Exception as error:  # there is nobody above to see it
+                self.error = error
+                warnings.warn(f"no more weights will be received: {error}", stacklevel=1)
+
+        self._thread = threading.Thread(target=serve, name="weight-receiver", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the thread of `start()` has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def serve(self) -> None:
+        """Receive until the sender closes; a push that fails is warned of, and the next awaited.
+
+        Raises:
+            SyncError: the sender is gone.
+        """
+        while True:
+            try:
+                if self.receive_once() is None:
+                    return
+            except PeerLostError:
+                raise
+            except SyncError as error:
+                warnings.warn(str(error), stacklevel=1)
+
+    def receive_once(self) -> int | None:
+        """Wait for a push, however long it takes to come; the version served after it.
+
+        Returns:
+            None when the sender has closed.
+
+        Raises:
+            SyncError: the push failed; the target serves what it served.
+        """
+        served = self._target.weight_version
+        try:
+            if self._link.receive(0, timeout=0)["op"] == "close":
+                return None
+            hello = describe(self._target)
+            served = hello["version"]
+            self._link.send(0, hello)
+            begin = self._link.receive(0)
+            if begin["op"] == "begin":
+                self._receive(begin, served, Inbox.size(specs_of(hello)))
+            elif begin["op"] == "abort":
+                raise SyncError(f"{begin['error']}; version {served} is still served")
+            elif begin["op"] != "skip":
+                raise PeerLostError(f"rank 0 sent nonsense: {begin['op']} before begin")
+        except PeerLostError as error:
+            self._link.abandon()
+            raise PeerLostError(
+                f"{error}; version {served} is still served; make a new process group"
+            ) from error
+        except KeyError as error:
+            raise PeerLostError(f"rank 0 sent nonsense: a message without {error}") from error
+        return self._target.weight_version
+
+    def _receive(self, begin: dict[str, Any], served: int, nbytes: int) -> None:
+        version = begin["version"]
+        live = self._target.weight_tensors()
+        specs = {name: (tuple(t.shape), t.dtype) for name, t in live.items()}
+        alias = all(tensor.device.type == "cpu" for tensor in live.values())
+        alias = alias and self._link.device.type == "cpu"
+        try:
+            with self._beside():
+                inbox = Inbox(specs, self._buffer(nbytes), begin["bucket_bytes"])
+                tensors = self._collect(inbox, begin["bucket_bytes"])
+            now = self._target.weight_version
+            if now != served:
+                raise SyncError(
+                    f"the engine went from version {served} to {now} meanwhile, so another trainer "
+                    "syncs it; expected one"
+                )
+            vote: dict[str, Any] = {}
+        except PeerLostError:
+            raise
+        except _AbortedError as error:
+            raise SyncError(
+                f"version {version} was not taken, {served} is still served: {error}"
+            ) from error
+        except Exception as error:  # whatever it was, the sender has to hear of it
+            vote = {"error": f"{type(error).__name__}: {error}"}
+        self._link.send(0, vote)
+        # The sender hears all votes first, each of which may take as long as that.
+        decision = self._link.receive(0, timeout=self._link.timeout * self._link.size)
+        if decision["op"] != "commit":
+            reason = vote.get("error", decision.get("error"))
+            raise SyncError(f"version {version} was not taken, {served} is still served: {reason}")
+        start = time.perf_counter()
+        try:
+            if served != version:
+                self._target.commit_weights(tensors, version=version, alias=alias)
+                if alias:
+                    self._buffers.reverse()
+            self._link.send(0, {"seconds": time.perf_counter() - start})
+        except PeerLostError:
+            raise
+        except Exception as error:  # as above
+            self._link.send(0, {"error": f"{type(error).__name__}: {error}"})
+            raise SyncError(f"version {version} was not committed: {error}") from error
+
+    def _collect(self, inbox: Inbox, bucket_bytes: int) -> dict[str, Tensor]:
+        """Everything up to the checksums; a fault is kept until then, to stay in step."""
+        fault: SyncError | None = None
+        under_way: list[tuple[Any, Tensor, list[Piece]]] = []
+        while (message := self._link.receive(0))["op"] == "bucket":
+            index, nbytes = message["index"], message["nbytes"]
+            pieces = [Piece(*piece) for piece in message["pieces"]]
+            if not 0 <= nbytes <= bucket_bytes:
+                raise PeerLostError(f"rank 0 sent nonsense: bucket {index} of {nbytes} bytes")
+            try:
+                data = None if fault else inbox.place(index, nbytes, pieces)
+            except SyncError as error:
+                fault, data = error, None
+            if data is None:
+                data, pieces = torch.empty(nbytes, dtype=torch.uint8, device=self._link.device), []
+            if nbytes:
+                work = self._link.broadcast(data)
+                under_way.append((work, data, pieces))
+            elif pieces:
+                inbox.arrived(data, pieces)
+            if len(under_way) > 1:
+                self._take(inbox, *under_way.pop(0))
+        for entry in under_way:
+            self._take(inbox, *entry)
+        if message["op"] != "end":
+            raise _AbortedError(message.get("error", message["op"]))
+        if fault:
+            raise fault
+        return inbox.check(message["checksums"])
+
+    def _take(self, inbox: Inbox, work: Any, data: Tensor, pieces: list[Piece]) -> None:
+        try:
+            self._link.finish(work)
+        except PeerLostError as error:
+            names = f"tensors {pieces[0].name} to {pieces[-1].name}" if pieces else "a refused one"
+            raise PeerLostError(f"{error}, in the bucket of {names}") from error
+        if pieces:
+            inbox.arrived(data, pieces)
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        """Memory that is not served."""
+        if self._buffers[0].numel() != nbytes:
+            self._buffers[0] = torch.empty(nbytes, dtype=torch.uint8, device=self._link.device)
+        return self._buffers[0]
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On a GPU, a stream of its own, so that the engine goes on meanwhile."""
+        if self._link.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self._link.device):
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(self._stream):
+                yield
+            self._stream.synchronize()
+
+
+class _AbortedError(SyncError):
+    """The sender said that this version will not come."""

@@ -1,0 +1,380 @@
+"""Weights for SGLang servers, over the endpoints that they ship with."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from miles.errors import SettingError, SyncError
+from miles.protocols import SyncReport
+from miles.sync._plan import check_version
+from miles.sync._sglang_client import MIXED, Client
+from miles.sync._sglang_group import Group
+from miles.sync._sglang_payload import (
+    FlatBucket,
+    by_handle,
+    by_value,
+    check_exportable,
+    flat_buckets,
+)
+from miles.sync._sglang_push import Sent, ended, noted, write_folder
+
+__all__ = ["SGLangSyncer"]
+
+Via = Literal["cuda_ipc", "value", "distributed", "disk"]
+Selector = Literal["target", "draft", "all"]
+GROUP = "miles_weights"
+FLUSH_SECONDS = 30.0
+"""How long aborted requests may take to leave a server."""
+T = TypeVar("T")
+
+
+class SGLangSyncer:
+    """Brings weights to SGLang servers (0.5.17 to 0.5.23), which all of a version or none serve.
+
+    SGLang writes new weights over the old ones, so an update that fails halfway cannot be undone.
+    Before it begins, servers are paused, emptied of cached prefixes, and told that their weight
+    version is -1; if it fails, they stay so, the error says so, and the next push, which is always
+    a whole one, puts them right. What fails earlier changes nothing.
+
+    Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
+    Each bucket is filled while servers load the one before.
+
+    Args:
+        urls: addresses of the servers, one for each replica.
+        via: how bytes get there. `"cuda_ipc"`: a handle of GPU memory, for servers on this GPU;
+            `"value"`: in the request itself, for small models and any network; `"distributed"`:
+            NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
+        bucket_bytes: most bytes of a bucket; two exist at a time.
+        api_key: what the servers were started with (`--api-key`).
+        admin_key: likewise (`--admin-api-key`), for control endpoints.
+        pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
+            starts them over on the new weights (0.5.21 and later); None: you have paused them, and
+            will let them go on.
+        selector: which model of a server with a draft one; `"draft"` alone needs 0.5.21.
+        verify: names of weights whose first rows are read back and compared. Few of SGLang's model
+            classes can do that; Llama's can.
+        folder: for `"disk"`: a folder that servers see under the same path.
+        master: for `"distributed"`: this host's address as servers reach it, and a free port.
+        backend: for `"distributed"`.
+        timeout: seconds for a call.
+        assume_version: treat an unknown version of SGLang as this one.
+
+    Example:
+        >>> from miles.sync import SGLangSyncer
+        >>> syncer = SGLangSyncer("http://127.0.0.1:1", via="value")
+        >>> syncer.push([("w", torch.zeros(2))], version=1)
+        Traceback (most recent call last):
+        miles.errors.SyncError: no answer of http://127.0.0.1:1/server_info (ConnectError: ...
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        via: Via = "cuda_ipc",
+        bucket_bytes: int = 1 << 29,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        pause: Literal["abort", "retract"] | None = "abort",
+        selector: Selector | None = None,
+        verify: Sequence[str] = (),
+        folder: str | Path | None = None,
+        master: tuple[str, int] | None = None,
+        backend: str = "nccl",
+        timeout: float = 600.0,
+        assume_version: str | None = None,
+    ) -> None:
+        if via not in ("cuda_ipc", "value", "distributed", "disk"):
+            raise SettingError(f"via is {via!r}; expected cuda_ipc, value, distributed or disk")
+        if (via == "disk") != (folder is not None) or (via == "distributed") != (
+            master is not None
+        ):
+            raise SettingError(
+                f"via={via!r} with folder={folder!r} and master={master!r}; expected folder= with "
+                "disk, master= with distributed, and neither with the others"
+            )
+        if bucket_bytes < 1:
+            raise SettingError(f"bucket_bytes is {bucket_bytes}; expected 1 or more")
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        if not urls or len(set(urls)) < len(urls):
+            raise SettingError(f"urls are {urls}; expected one or more, each once")
+        self._clients = [
+            Client(url, api_key=api_key, admin_key=admin_key, timeout=timeout,
+                   assume_version=assume_version)
+            for url in urls
+        ]  # fmt: skip
+        self._via, self._bucket_bytes, self._pause = via, bucket_bytes, pause
+        self._selector, self._verify = selector, tuple(verify)
+        self._folder = None if folder is None else Path(folder)
+        self._master, self._backend, self._timeout = master, backend, timeout
+        self._group: Group | None = None
+        self._pool = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sglang-sync")
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
+        """See `WeightSyncer.push`.
+
+        Raises:
+            SyncError: what went wrong, at which server; whether it still serves what it did, or
+                holds a part of the new version and is left paused.
+        """
+        start = time.perf_counter()
+        versions = self._on_all(Client.weight_version, self._clients)
+        check_version(version, max(versions))
+        behind = [c for c, had in zip(self._clients, versions, strict=True) if had < version]
+        if self._via == "distributed" and behind:
+            behind = self._clients
+        sent = Sent()
+        if behind:
+            self._check(behind)
+            self._update(noted(weights, sent, self._verify), behind, version, sent)
+        return SyncReport(
+            version=version,
+            num_tensors=sent.tensors,
+            num_bytes=sent.bytes,
+            copied_bytes=sent.bytes * (1 + len(behind)),
+            seconds=time.perf_counter() - start,
+            num_buckets=sent.buckets,
+            phases=sent.phases,
+        )
+
+    def close(self) -> None:
+        """Close connections, and leave the process group."""
+        self._leave()
+        self._pool.shutdown()
+        for client in self._clients:
+            client.close()
+
+    def _check(self, behind: list[Client]) -> None:
+        """What this version of SGLang cannot do, before anything is touched."""
+        for client in behind:
+            if not client.sessions and (self._selector == "draft" or self._pause == "retract"):
+                raise SyncError(
+                    f"{client.url} is older than 0.5.21, which cannot update a draft model alone "
+                    "nor forget cached prefixes of retracted requests; expected selector other "
+                    "than 'draft', and pause='abort'"
+                )
+
+    def _update(
+        self, weights: Iterable[tuple[str, Tensor]], to: list[Client], version: int, sent: Sent
+    ) -> None:
+        stopped = touched = False
+        try:
+            begun = time.perf_counter()
+            # What can go wrong with the weights themselves mostly does so here already.
+            hand_over = self._prepared(weights, to, version, sent)
+            paused = time.perf_counter()
+            stopped = True
+            if self._pause is not None:
+                self._on_all(lambda c: c.post("/pause_generation", {"mode": self._pause}), to)
+            # Nothing is computed while servers are paused, so this is as good as afterwards, and
+            # one that cannot be emptied has not been touched yet. (The update's own flush_cache
+            # would kill it.)
+            self._on_all(lambda c: c.post("/flush_cache", timeout=FLUSH_SECONDS), to)
+            if self._via == "distributed" and self._group is None:
+                self._join()
+            ready = time.perf_counter()
+            touched = True
+            self._on_all(lambda c: self._say(c, MIXED), to)
+            self._session("/begin_weight_update", to)
+            hand_over()
+            ended = time.perf_counter()
+            self._session("/end_weight_update", to)
+            self._on_all(lambda c: sent.compare(c), to)
+            self._on_all(lambda c: self._say(c, version), to)
+            self._resume(to)
+            done = time.perf_counter()
+            sent.phases = {
+                "gather": paused - begun + ended - ready - sent.waited,
+                "load": sent.waited,
+                "commit": done - ended,
+                "pause": done - paused,
+            }
+        except BaseException as error:
+            self._after_failure(to, stopped, touched)
+            where = "servers hold a part of it" if touched else "servers serve what they did"
+            if touched:
+                where += (
+                    f": weight version {MIXED}"
+                    f"{', still paused' if self._pause else ''}; push again, which is a whole push"
+                )
+            if isinstance(error, SyncError):
+                raise SyncError(f"version {version} was not pushed, {where}. {error}") from error
+            error.add_note(f"version {version} was not pushed, {where}")
+            raise
+
+    def _after_failure(self, to: list[Client], stopped: bool, touched: bool) -> None:
+        with contextlib.suppress(SyncError):
+            if touched:  # an open session would refuse the next one
+                self._session("/end_weight_update", to)
+            elif stopped:
+                self._resume(to)
+        if touched and self._via == "distributed":
+            self._leave()
+
+    def _resume(self, to: list[Client]) -> None:
+        if self._pause is not None:
+            self._on_all(lambda c: c.post("/continue_generation"), to)
+
+    def _say(self, client: Client, version: int) -> None:
+        # By default this call aborts every request.
+        body = {"new_version": str(version), "abort_all_requests": False}
+        client.post("/update_weight_version", body)
+
+    def _session(self, path: str, to: list[Client]) -> None:
+        """Begin or end an update, where there is such a thing."""
+        if self._via == "disk":
+            return
+        begins = path.startswith("/begin") and self._selector is not None
+        body = {"selector": self._selector} if begins else {}
+        self._on_all(lambda c: c.post(path, body), [c for c in to if c.sessions])
+
+    def _prepared(
+        self, weights: Iterable[tuple[str, Tensor]], to: list[Client], version: int, sent: Sent
+    ) -> Callable[[], None]:
+        """All that can be done while servers still serve; what does the rest."""
+        if self._via == "disk":
+            path = self._write(weights, version, sent)
+            return lambda: self._by_disk(path, to, sent)
+        on_gpu = self._via == "cuda_ipc" or (self._via == "distributed" and self._backend == "nccl")
+        buckets = flat_buckets(
+            weights,
+            bucket_bytes=self._bucket_bytes,
+            device="cuda" if on_gpu else "cpu",
+            tight=self._via == "distributed",
+        )
+        first = next(buckets, None)
+        if first is None:
+            raise SyncError("no weights were given; expected those of the whole model")
+        if self._via == "cuda_ipc":
+            check_exportable(first.flat)
+        return lambda: self._by_buckets(itertools.chain([first], buckets), to, sent, on_gpu=on_gpu)
+
+    def _by_buckets(
+        self, buckets: Iterable[FlatBucket], to: list[Client], sent: Sent, *, on_gpu: bool
+    ) -> None:
+        start = self._broadcast if self._via == "distributed" else self._deliver
+        finish: Callable[[], None] = _nothing
+        for bucket in buckets:
+            sent.wait(finish)
+            finish = start(bucket, to)
+            sent.buckets += 1
+            if on_gpu:  # what servers have closed is freed now
+                torch.cuda.ipc_collect()
+        sent.wait(finish)
+
+    def _deliver(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
+        """Start to hand over a bucket; what ends it."""
+        calls = []
+        for client in to:
+            if self._via == "value":
+                payloads = [by_value(bucket)] * client.tp_size
+            else:  # each process of a server opens a handle of its own, once
+                payloads = [by_handle(bucket) for _ in range(client.tp_size)]
+            body: dict[str, Any] = {
+                "serialized_named_tensors": payloads,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+            path = "/update_weights_from_tensor"
+            calls.append(self._pool.submit(client.post, path, body | self._choice(client)))
+        return lambda: ended(calls, bucket)
+
+    def _broadcast(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
+        body: dict[str, Any] = {
+            "names": [weight.name for weight in bucket.metadata],
+            "dtypes": [str(weight.dtype).removeprefix("torch.") for weight in bucket.metadata],
+            "shapes": [list(weight.shape) for weight in bucket.metadata],
+            "group_name": GROUP,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        path = "/update_weights_from_distributed"
+        calls = [
+            self._pool.submit(
+                client.post, path, body | (self._choice(client) if client.sessions else {})
+            )
+            for client in to
+        ]
+        assert self._group is not None
+        group, work = self._group, self._group.broadcast(bucket.flat)
+
+        def finish() -> None:
+            group.finish(work, calls)
+            ended(calls, bucket)
+
+        return finish
+
+    def _choice(self, client: Client) -> dict[str, Any]:
+        if self._selector is None:
+            return {}
+        if client.sessions:
+            return {"selector": self._selector}
+        return {"disable_draft_model": self._selector == "target"}
+
+    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int, sent: Sent) -> Path:
+        assert self._folder is not None
+        path = self._folder / f"version-{version}"
+        sent.buckets = write_folder(weights, path, self._bucket_bytes)
+        return path
+
+    def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
+        body = {"model_path": str(path.absolute()), "flush_cache": False}
+        calls = [self._pool.submit(c.post, "/update_weights_from_disk", body) for c in to]
+        sent.wait(lambda: ended(calls, None))
+        for old in path.parent.glob("version-*"):
+            if old != path:
+                shutil.rmtree(old)
+
+    def _join(self) -> None:
+        """Make a process group with all servers, who join when they are called."""
+        assert self._master is not None
+        address, port = self._master
+        size = 1 + sum(client.tp_size for client in self._clients)
+        calls, offset = [], 1
+        for client in self._clients:
+            body = {
+                "master_address": address, "master_port": port, "rank_offset": offset,
+                "world_size": size, "group_name": GROUP, "backend": self._backend,
+            }  # fmt: skip
+            # A group that a trainer before us left behind; there may be none.
+            with contextlib.suppress(SyncError):
+                client.post("/destroy_weights_update_group", {"group_name": GROUP})
+            calls.append(self._pool.submit(client.post, "/init_weights_update_group", body))
+            offset += client.tp_size
+        try:
+            self._group = Group(
+                address, port, size=size, name=GROUP, backend=self._backend, timeout=self._timeout
+            )
+        except (RuntimeError, ValueError) as error:
+            failed = [call.exception() for call in calls if call.done() and call.exception()]
+            reason = failed[0] if failed else str(error).splitlines()[0]
+            raise SyncError(
+                f"no process group with the servers at {address}:{port}: {reason}; expected a "
+                "free port of this host, and an address by which servers reach it"
+            ) from error
+        ended(calls, None)
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _on_all(self, call: Callable[[Client], T], clients: list[Client]) -> list[T]:
+        """Call all at once; every call ends before the first error is raised."""
+        futures = [self._pool.submit(call, client) for client in clients]
+        wait(futures)
+        return [future.result() for future in futures]
+
+
+def _nothing() -> None:
+    """Nothing is under way."""

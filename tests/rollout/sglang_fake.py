@@ -1,0 +1,683 @@
+"""A server that speaks SGLang's protocol, as of 0.5.17 or 0.5.21, and computes next to nothing.
+
+What a token, its log-prob and its experts are follows from a small table, the weights' version, and
+where the token stands, so that a test can say what must come out. Scheduling is the real one's in
+what a client can see of it: requests wait or run; a running one ends a step after its abort, a
+waiting one at once, with what was last reported; an abort names the beginning of ids, and is
+ignored unless the whole is one; a pause holds new requests back at the door.
+
+`python -m tests.rollout.sglang_fake --model-path M --port P` runs one as a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+VOCAB = 32
+EOS = 2
+GENERATE_FIELDS = {
+    "rid": str, "text": str, "input_ids": list, "sampling_params": dict, "return_logprob": bool,
+    "logprob_start_len": int, "top_logprobs_num": int, "token_ids_logprob": list,
+    "return_text_in_logprobs": bool, "stream": bool, "return_hidden_states": (bool, str),
+    "return_routed_experts": bool, "routed_experts_start_len": int, "return_indexer_topk": bool,
+    "return_sampling_mask": bool, "priority": int, "extra_key": str, "lora_path": str,
+    "session_params": dict, "custom_logit_processor": str, "routed_dp_rank": int, "no_logs": bool,
+}  # fmt: skip
+SAMPLING_FIELDS = {
+    "max_new_tokens", "stop", "stop_token_ids", "stop_regex", "temperature", "top_p", "top_k",
+    "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n",
+    "json_schema", "regex", "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens",
+    "spaces_between_special_tokens", "no_stop_trim", "logit_bias", "sampling_seed",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Experts of the model that is pretended."""
+
+    num_layers: int = 3
+    topk: int = 2
+    num_experts: int = 8
+    moe_layers: tuple[int, ...] = (1, 2)
+
+
+def next_token(previous: int, position: int, version: int) -> int:
+    """The token at `position`, whatever was sampled before the one before it; never EOS."""
+    token = (7 * previous + 3 * position + 5 * version + 11) % VOCAB
+    return token if token != EOS else 3
+
+
+def logprob(previous: int, token: int, version: int, temperature: float) -> float:
+    """What it was sampled with: a row of a table through a tempered softmax."""
+    logits = np.sin(np.arange(VOCAB) * (1 + previous) + version) * 3
+    logits = logits / (temperature or 1.0)
+    return float(logits[token] - math.log(np.exp(logits).sum()))
+
+
+def experts(token: int, version: int, layout: Layout) -> np.ndarray:
+    """int32 `[layers, topk]`; dense layers are zeros, as in the real one."""
+    ids = np.zeros((layout.num_layers, layout.topk), np.int32)
+    for layer in layout.moe_layers:
+        for k in range(layout.topk):
+            ids[layer, k] = (3 * token + layer + k + version) % layout.num_experts
+    return ids
+
+
+@dataclass(eq=False)
+class Running:
+    """A request at the server."""
+
+    rid: str
+    body: dict[str, Any]
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    reported: int = 0
+    abort_requested: bool = False
+    reason: dict[str, Any] | None = None
+    lost_routing: bool = False
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.body["input_ids"] + self.output
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, content: Any) -> None:
+        super().__init__(str(content))
+        self.status, self.content = status, content
+
+
+class FakeSGLang:
+    """One server: `app` is the FastAPI application, `start` serves it from a thread.
+
+    Args:
+        version: "0.5.17" or "0.5.21".
+        weight_version: what `--weight-version` would say.
+        step_seconds: how long a step takes; each running request gets a token.
+        max_running: requests that run at once; others wait.
+        layout: experts, if routing is recorded.
+        report_every: tokens after which an unfinished request's are reported.
+        context_length: of prompt and answer together.
+        extra_row: send the row of routing that a stop token sometimes leaves.
+        speculative: key names of acceptance statistics: "old", "both" or "new".
+
+    Tests read and set:
+        updates: (endpoint, body) of every weight endpoint that was called and accepted.
+        requests: bodies of /generate, in order of arrival.
+        calls: paths in order of arrival.
+        held: whether new requests wait at the door, as during a pause.
+        meddle: called with each answer of /generate, may change it or raise `Refusal`.
+    """
+
+    def __init__(
+        self,
+        version: str = "0.5.17",
+        *,
+        port: int = 0,
+        weight_version: str = "0",
+        step_seconds: float = 0.0,
+        max_running: int = 4096,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        layout: Layout | None = None,
+        deterministic: bool = True,
+        report_every: int = 50,
+        context_length: int = 4096,
+        extra_row: bool = False,
+        speculative: str | None = None,
+    ) -> None:
+        self.version, self.weight_version = version, weight_version
+        self.strict = tuple(map(int, version.split(".")[:3])) >= (0, 5, 21)
+        self.spans = tuple(map(int, version.split(".")[:3])) >= (0, 5, 19)
+        self.step_seconds, self.max_running = step_seconds, max_running
+        self.api_key, self.admin_api_key = api_key, admin_api_key
+        self.layout, self.deterministic = layout, deterministic
+        self.report_every, self.context_length = report_every, context_length
+        self.extra_row, self.speculative = extra_row, speculative
+        self.updates: list[tuple[str, dict[str, Any]]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.meddle: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.weights: dict[str, list[float]] = {"model.norm.weight": [1.0, 2.0]}
+        self.in_session = False
+        self.died = ""
+        self.max_seen_running = 0
+        self._port = port
+        self._states: dict[str, Running] = {}
+        self._waiting: list[Running] = []
+        self._running: list[Running] = []
+        self.held = self._engine_paused = False
+        self._stepper: asyncio.Task[None] | None = None
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+        self.app = self._application()
+
+    # Serving.
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> FakeSGLang:
+        config = uvicorn.Config(
+            self.app, host="127.0.0.1", port=self._port, log_level="error", timeout_keep_alive=5,
+            backlog=4096, lifespan="off",
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive(), "the fake did not start"
+            time.sleep(0.005)
+        self._port = self._server.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    def stop(self) -> None:
+        """End it; open connections are cut, as when a process is killed."""
+        if self._server is None:
+            return
+        for listener in self._server.servers:
+            listener.get_loop().call_soon_threadsafe(listener.close)
+        self.cut()
+        while self._server.server_state.connections:
+            time.sleep(0.005)
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self._server = self._stepper = None
+        self._states, self._waiting, self._running = {}, [], []
+        self.held = self._engine_paused = False
+
+    def cut(self) -> None:
+        """End every connection, but not the server."""
+        assert self._server is not None
+        for connection in list(self._server.server_state.connections):
+            with contextlib.suppress(RuntimeError):
+                connection.loop.call_soon_threadsafe(connection.transport.abort)
+
+    def __enter__(self) -> FakeSGLang:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    # The application.
+
+    def _application(self) -> FastAPI:
+        app = FastAPI(openapi_url=None)
+        admin, both = True, ["GET", "POST"]
+        routes: list[tuple[str, list[str], bool, Callable[..., Any]]] = [
+            ("/health", ["GET"], False, self.health),
+            ("/server_info", ["GET"], False, self.server_info),
+            ("/get_server_info", ["GET"], False, self.server_info),
+            ("/model_info", ["GET"], False, self.model_info),
+            ("/generate", ["POST", "PUT"], False, self.generate),
+            ("/abort_request", ["POST"], admin, self.abort_request),
+            ("/pause_generation", ["POST"], admin, self.pause_generation),
+            ("/continue_generation", ["POST"], admin, self.continue_generation),
+            ("/flush_cache", both, admin, self.flush_cache),
+            ("/update_weight_version", ["POST"], admin, self.update_weight_version),
+            ("/update_weights_from_tensor", ["POST"], admin, self.update_weights_from_tensor),
+            ("/update_weights_from_distributed", ["POST"], admin, self.update_from_distributed),
+            ("/update_weights_from_disk", ["POST"], admin, self.update_weights_from_disk),
+            ("/init_weights_update_group", ["POST"], admin, self.init_weights_update_group),
+            ("/destroy_weights_update_group", ["POST"], admin, self.destroy_weights_update_group),
+            ("/get_weights_by_name", both, admin, self.get_weights_by_name),
+            ("/weights_checker", both, admin, self.weights_checker),
+        ]
+        if self.strict:
+            routes += [
+                ("/begin_weight_update", ["POST"], admin, self.begin_weight_update),
+                ("/end_weight_update", ["POST"], admin, self.end_weight_update),
+            ]
+        for path, methods, is_admin, handler in routes:
+            app.add_api_route(path, self._endpoint(path, is_admin, handler), methods=methods)
+        return app
+
+    def _endpoint(self, path: str, admin: bool, handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def endpoint(request: Request) -> Response:
+            self.calls.append(path)
+            if not path.startswith("/health") and not self._allowed(request, admin):
+                return JSONResponse({"error": "Unauthorized"}, 401)
+            try:
+                raw = await request.body()
+                try:
+                    body = await request.json() if raw else {}
+                except ValueError as error:
+                    raise Refusal(400, {"error": {"message": str(error)}}) from error
+                content = await handler(body)
+            except Refusal as refusal:
+                return JSONResponse(refusal.content, refusal.status)
+            if isinstance(content, Response):
+                return content
+            return JSONResponse(content)
+
+        return endpoint
+
+    def _allowed(self, request: Request, admin: bool) -> bool:
+        wanted = (self.admin_api_key or self.api_key) if admin else self.api_key
+        return wanted is None or request.headers.get("authorization") == f"Bearer {wanted}"
+
+    def check_fields(
+        self, body: Any, fields: dict[str, Any], *, required: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Types are checked by both versions, names that nobody knows by 0.5.21 only."""
+        if not isinstance(body, dict):
+            raise Refusal(400, {"error": {"message": "Input should be a valid dictionary"}})
+        if self.strict and (unknown := sorted(body.keys() - fields.keys())):
+            raise Refusal(400, {"error": {"message": f"unknown fields: {unknown}"}})
+        for name in required:
+            if name not in body:
+                raise Refusal(400, {"error": {"message": f"{name}: Field required"}})
+        for name, value in body.items():
+            kind = fields.get(name)
+            if kind is None or value is None:
+                continue
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not right and not (isinstance(kind, tuple) and isinstance(value, kind)):
+                raise Refusal(400, {"error": {"message": f"{name}: wrong type {value!r:.40}"}})
+        return body
+
+    # Information.
+
+    async def health(self, body: Any) -> Any:
+        return Response(status_code=200 if self.requests else 503)
+
+    async def server_info(self, body: Any) -> Any:
+        return {
+            "version": self.version,
+            "model_path": "fake",
+            "weight_version": self.weight_version,
+            "enable_return_routed_experts": self.layout is not None,
+            "enable_deterministic_inference": self.deterministic,
+            "speculative_algorithm": "EAGLE" if self.speculative else None,
+            "max_req_input_len": self.context_length - 6,
+            "skip_tokenizer_init": True,
+            "tp_size": 1,
+            "internal_states": [{}],
+        }
+
+    async def model_info(self, body: Any) -> Any:
+        return {"model_path": "fake", "is_generation": True, "weight_version": self.weight_version}
+
+    # Generating.
+
+    async def _steps(self) -> None:
+        while True:
+            await asyncio.sleep(self.step_seconds)
+            if self._engine_paused:
+                continue
+            while self._waiting and len(self._running) < self.max_running:
+                self._running.append(self._waiting.pop(0))
+            self.max_seen_running = max(self.max_seen_running, len(self._running))
+            for request in list(self._running):
+                self._step(request)
+            if not self._running and not self.step_seconds:
+                await asyncio.sleep(0.001)
+
+    @property
+    def _number(self) -> int:
+        return int(self.weight_version) if self.weight_version.isdigit() else 0
+
+    def _step(self, request: Running) -> None:
+        sampling = request.body["sampling_params"]
+        if not request.abort_requested:
+            tokens, version = request.tokens, self._number
+            token = next_token(tokens[-1], len(tokens), version)
+            if token in (sampling.get("stop_token_ids") or ()):
+                request.reason = {"type": "stop", "matched": token}
+            temperature = sampling.get("temperature", 1.0)
+            request.output.append(token)
+            request.logprobs.append(logprob(tokens[-1], token, version, temperature))
+            request.versions.append(version)
+            if len(request.output) % self.report_every == 0:
+                request.reported = len(request.output)
+        if request.abort_requested:
+            request.reason = {"type": "abort", "message": "Abort before prefill"}
+        elif request.reason is None and len(request.output) >= sampling["max_new_tokens"]:
+            request.reason = {"type": "length", "length": len(request.output)}
+        if request.reason is not None:
+            request.reported = len(request.output)
+            self._running.remove(request)
+            self._states.pop(request.rid, None)
+            request.done.set()
+
+    async def generate(self, body: Any) -> Any:
+        self.check_fields(body, GENERATE_FIELDS)
+        sampling = body.setdefault("sampling_params", {}) or {}
+        sampling.setdefault("max_new_tokens", 128)
+        self._check_request(body, sampling)
+        left = self.context_length - 2 - len(body["input_ids"])  # the scheduler's own cut
+        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], max(1, left))
+        self.requests.append(body)
+        rid = body.get("rid") or f"auto-{len(self.requests)}-{os.urandom(4).hex()}"
+        if rid in self._states:
+            raise Refusal(400, {"error": {"message": f"Duplicate request ID detected: {rid}"}})
+        request = Running(rid, body)
+        self._states[rid] = request
+        if self._stepper is None:
+            self._stepper = asyncio.create_task(self._steps())
+        while self.held:
+            await asyncio.sleep(0.005)
+        if request.abort_requested:
+            del self._states[rid]
+            raise Refusal(499, {"error": {"message": f"Request {rid} was aborted"}})
+        self._waiting.append(request)
+        await request.done.wait()
+        answer = self._answer(request)
+        changed = self.meddle(answer)
+        return changed
+
+    def _check_request(self, body: dict[str, Any], sampling: dict[str, Any]) -> None:
+        def refuse(message: str) -> None:
+            raise Refusal(400, {"error": {"message": message}})
+
+        if self.strict and (unknown := sorted(sampling.keys() - SAMPLING_FIELDS)):
+            refuse(f"unknown sampling fields: {unknown}")
+        ids = body.get("input_ids")
+        if not ids or not all(isinstance(i, int) for i in ids):
+            refuse("input_ids should be a list of integers")
+        if any(not 0 <= i < VOCAB for i in ids):
+            refuse("The input_ids contain out of vocabulary ids")
+        if len(ids) >= self.context_length:
+            refuse(
+                f"The input ({len(ids)} tokens) is longer than the model's context length "
+                f"({self.context_length} tokens)."
+            )
+        if len(ids) + sampling["max_new_tokens"] > self.context_length:
+            refuse("Requested token count exceeds the model's maximum context length")
+        if body.get("return_routed_experts") and self.layout is None:
+            refuse("return_routed_experts needs --enable-return-routed-experts")
+        if not 0 <= body.get("routed_experts_start_len", 0) <= len(ids):
+            refuse("routed_experts_start_len must be in [0, prompt_tokens]")
+
+    def _answer(self, request: Running) -> dict[str, Any]:
+        count = request.reported
+        body, output = request.body, request.output[:count]
+        meta: dict[str, Any] = {
+            "id": request.rid,
+            "finish_reason": request.reason,
+            "weight_version": self.weight_version,
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": count,
+            "cached_tokens": 0,
+        }
+        if self.spans:
+            meta["weight_versions"] = _runs(request.versions[:count])
+        if body.get("return_logprob"):
+            pairs = zip(request.logprobs[:count], output, strict=True)
+            meta["output_token_logprobs"] = [[value, token, None] for value, token in pairs]
+            meta["output_token_logprobs_length"] = count
+        if body.get("return_sampling_mask"):
+            meta["output_token_sampling_mask"] = [[token, 0] for token in output]
+            meta["output_token_sampling_logprobs"] = [v / 2 for v in request.logprobs[:count]]
+        if body.get("return_routed_experts") and not request.lost_routing:
+            meta["routed_experts"] = self._experts(request)
+        if self.speculative:
+            meta |= _acceptance(self.speculative, count)
+        return {"output_ids": output, "meta_info": meta}
+
+    def _experts(self, request: Running) -> str:
+        assert self.layout is not None
+        start = request.body.get("routed_experts_start_len", 0)
+        tokens = request.tokens if self.extra_row else request.tokens[:-1]
+        prompt = len(request.body["input_ids"])
+        rows = [
+            experts(token, request.versions[max(0, at + 1 - prompt)] if request.versions and
+                    at + 1 - prompt < len(request.versions) else self._number, self.layout)
+            for at, token in enumerate(tokens)
+        ]  # fmt: skip
+        shape = (-1, self.layout.num_layers, self.layout.topk)
+        ids = np.array(rows[start:], np.int32).reshape(shape)
+        return base64.b64encode(ids.tobytes()).decode()
+
+    # Control.
+
+    async def abort_request(self, body: Any) -> Any:
+        self.check_fields(body, {"rid": str, "abort_all": bool, "abort_message": str})
+        rid, everything = body.get("rid") or "", body.get("abort_all", False)
+        self.abort(rid, everything)
+        return Response(status_code=200)
+
+    def abort(self, rid: str, everything: bool = False) -> None:
+        if everything:
+            for state in self._states.values():
+                state.abort_requested = True
+            rid = ""
+        elif rid not in self._states:
+            return  # with one tokenizer process an id that is not known goes no further
+        else:
+            self._states[rid].abort_requested = True
+        for request in list(self._waiting):
+            if request.rid.startswith(rid):
+                self._waiting.remove(request)
+                self._states.pop(request.rid, None)
+                request.reason = {"type": "abort", "message": "Abort in waiting queue"}
+                request.lost_routing = True
+                request.done.set()
+        for request in self._running:
+            if request.rid.startswith(rid):
+                request.abort_requested = True
+
+    async def pause_generation(self, body: Any) -> Any:
+        self.check_fields(body, {"mode": str})
+        mode = body.get("mode", "abort")
+        if mode not in ("abort", "retract", "in_place"):
+            raise Refusal(400, {"error": {"message": f"mode: {mode!r} is none of the modes"}})
+        self.held = True
+        if mode == "abort":
+            while self._waiting or self._running:
+                self.abort("", everything=True)
+                await asyncio.sleep(0.01)
+        else:
+            self._engine_paused = True
+            if mode == "retract":
+                self._waiting = self._running + self._waiting
+                self._running = []
+        return {"message": "Generation paused successfully.", "status": "ok"}
+
+    async def continue_generation(self, body: Any) -> Any:
+        self.check_fields(body, {"torch_empty_cache": bool})
+        self.held = self._engine_paused = False
+        return {"message": "Generation continued successfully.", "status": "ok"}
+
+    async def flush_cache(self, body: Any) -> Any:
+        if self._running or (self._waiting and not (self.strict and self._engine_paused)):
+            return Response("Flush cache failed.\n", status_code=400)
+        return Response("Cache flushed.\n", status_code=200)
+
+    # Weights: what came is recorded in `updates`; tests or subclasses make more of it.
+
+    def update(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Accept one call; the answer's content."""
+        self.updates.append((name, body))
+        return {"success": True, "message": "Success."}
+
+    def _update(self, name: str, body: dict[str, Any], *, session: bool) -> dict[str, Any]:
+        if session and self.strict and not self.in_session:
+            message = f"{name} needs /begin_weight_update first"
+            raise Refusal(400, {"success": False, "message": message})
+        if body.get("abort_all_requests"):
+            self.abort("", everything=True)
+        flushes = session and not self.strict and body.get("flush_cache", True)
+        if flushes and (self._running or self._waiting):  # the real scheduler dies of it
+            self.died = "AssertionError: Cache flush failed after updating weights"
+            raise Refusal(500, {"success": False, "message": self.died})
+        answer = self.update(name, body)
+        if body.get("weight_version") is not None:
+            self.weight_version = body["weight_version"]
+        return answer
+
+    async def update_weights_from_tensor(self, body: Any) -> Any:
+        fields = {
+            "serialized_named_tensors": list, "load_format": str, "flush_cache": bool,
+            "abort_all_requests": bool, "weight_version": str, "torch_empty_cache": bool,
+            ("selector" if self.strict else "disable_draft_model"): (str, bool),
+        }  # fmt: skip
+        self.check_fields(body, fields, required=("serialized_named_tensors",))
+        return self._update("update_weights_from_tensor", body, session=True)
+
+    async def update_from_distributed(self, body: Any) -> Any:
+        fields = {
+            "names": list, "dtypes": list, "shapes": list, "group_name": str, "flush_cache": bool,
+            "abort_all_requests": bool, "weight_version": str, "load_format": str,
+            "torch_empty_cache": bool,
+        }  # fmt: skip
+        if self.strict:
+            fields["selector"] = str
+        self.check_fields(body, fields, required=("names", "dtypes", "shapes"))
+        return self._update("update_weights_from_distributed", body, session=True)
+
+    async def update_weights_from_disk(self, body: Any) -> Any:
+        fields = {
+            "model_path": str, "load_format": str, "abort_all_requests": bool,
+            "weight_version": str, "is_async": bool, "torch_empty_cache": bool, "keep_pause": bool,
+            "recapture_cuda_graph": bool, "token_step": int, "flush_cache": bool, "manifest": dict,
+        }  # fmt: skip
+        self.check_fields(body, fields, required=("model_path",))
+        answer = self._update("update_weights_from_disk", body, session=False)
+        return answer | {"num_paused_requests": 0}
+
+    async def init_weights_update_group(self, body: Any) -> Any:
+        fields = {
+            "master_address": str, "master_port": int, "rank_offset": int, "world_size": int,
+            "group_name": str, "backend": str,
+        }  # fmt: skip
+        needed = ("master_address", "master_port", "rank_offset", "world_size")
+        self.check_fields(body, fields, required=needed)
+        return self.update("init_weights_update_group", body)
+
+    async def destroy_weights_update_group(self, body: Any) -> Any:
+        self.check_fields(body, {"group_name": str})
+        return self.update("destroy_weights_update_group", body)
+
+    async def begin_weight_update(self, body: Any) -> Any:
+        self.check_fields(body, {"selector": str})
+        if self.in_session:
+            raise Refusal(400, {"success": False, "message": "a weight update is under way"})
+        self.in_session = True
+        return self.update("begin_weight_update", body)
+
+    async def end_weight_update(self, body: Any) -> Any:
+        self.check_fields(body, {})
+        if not self.in_session:
+            raise Refusal(400, {"success": False, "message": "no weight update is under way"})
+        self.in_session = False
+        return self.update("end_weight_update", body)
+
+    async def update_weight_version(self, body: Any) -> Any:
+        fields = {"new_version": str, "abort_all_requests": bool}
+        self.check_fields(body, fields, required=("new_version",))
+        if body.get("abort_all_requests", True):
+            self.abort("", everything=True)
+        self.update("update_weight_version", body)
+        self.weight_version = body["new_version"]
+        message = f"Weight version updated to {self.weight_version}"
+        return {"success": True, "message": message, "new_version": self.weight_version}
+
+    async def get_weights_by_name(self, body: Any) -> Any:
+        self.check_fields(body, {"name": str, "truncate_size": int}, required=("name",))
+        if body["name"] not in self.weights:
+            raise Refusal(400, {"error": {"message": "Get parameter by name failed"}})
+        return self.weights[body["name"]][: body.get("truncate_size", 100)]
+
+    async def weights_checker(self, body: Any) -> Any:
+        fields: dict[str, Any] = {
+            "action": str, "allow_quant_error": bool, "skip_tensor_list": list,
+        }  # fmt: skip
+        if self.strict:
+            fields["selector"] = str
+        self.check_fields(body, fields)
+        return self.update("weights_checker", body)
+
+
+def _runs(versions: list[int]) -> list[dict[str, Any]]:
+    """Spans of equal versions, as 0.5.19 and later send them."""
+    spans: list[dict[str, Any]] = []
+    for at, version in enumerate(versions):
+        if spans and spans[-1]["version"] == str(version):
+            spans[-1]["end"] = at + 1
+        else:
+            spans.append({"version": str(version), "start": at, "end": at + 1})
+    return spans
+
+
+def _acceptance(names: str, count: int) -> dict[str, Any]:
+    steps, proposed, accepted = max(1, count // 2), 3 * max(1, count // 2), max(0, count // 2)
+    if names == "old":  # up to 0.5.10
+        return {
+            "spec_verify_ct": steps, "spec_draft_token_num": proposed,
+            "spec_accept_token_num": accepted,
+        }  # fmt: skip
+    new = {
+        "spec_verify_ct": steps, "spec_num_proposed_drafts": proposed,
+        "spec_num_correct_drafts": accepted, "spec_accept_rate": accepted / proposed,
+        "spec_accept_length": count / steps, "spec_correct_drafts_histogram": [steps],
+    }  # fmt: skip
+    if names == "both":
+        new |= {"spec_accepted_drafts": accepted, "spec_proposed_drafts": proposed}
+    return new
+
+
+def main() -> None:
+    """What `sglang.launch_server` would be."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--api-key")
+    parser.add_argument("--admin-api-key")
+    parser.add_argument("--version", default="0.5.17")
+    parser.add_argument("--weight-version", default="default")
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--start-seconds", type=float, default=0.0)
+    parser.add_argument("--die-after", type=float)
+    parser.add_argument("--stubborn", action="store_true")
+    parser.add_argument("--with-child", action="store_true")
+    given = parser.parse_args()
+    print(f"serving {given.model_path}", flush=True)
+    if given.stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if given.with_child and os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(f"child {os.getpid()}", flush=True)
+        time.sleep(600)
+        sys.exit()
+    if given.die_after is not None:
+        time.sleep(given.die_after)
+        print("RuntimeError: no memory is left", flush=True)
+        sys.exit(3)
+    time.sleep(given.start_seconds)
+    fake = FakeSGLang(
+        given.version, port=given.port, weight_version=given.weight_version,
+        api_key=given.api_key, admin_api_key=given.admin_api_key, step_seconds=given.step_seconds,
+    ).start()  # fmt: skip
+    if not given.stubborn:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    print(f"listening on {fake.url}", flush=True)
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()

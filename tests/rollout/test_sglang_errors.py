@@ -1,0 +1,194 @@
+"""What `SGLangEngine` says when something is wrong, with the request, the server or the answer."""
+
+import asyncio
+import contextlib
+import http.server
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from miles.errors import (
+    EmptyBatchError,
+    EngineDiedError,
+    EngineError,
+    MilesError,
+    NonFiniteError,
+    SettingError,
+)
+from miles.rollout import Sample, SGLangEngine
+from miles.rollout._sglang_api import KNOWN_VERSIONS, features_of
+from tests.rollout.sglang_fake import FakeSGLang, Refusal
+from tests.rollout.test_sglang_engine import PROMPT, QUICK, expected, params, serving
+
+
+def test_bad_requests_say_what_is_wrong():
+    with serving() as (_, engine):
+        with pytest.raises(EmptyBatchError):
+            asyncio.run(engine.generate([], params()))
+        with pytest.raises(SettingError, match="out of vocabulary"):
+            asyncio.run(engine.generate([99], params()))
+
+
+def test_nobody_there():
+    with pytest.raises(EngineDiedError, match="no SGLang server answers at"):
+        SGLangEngine("http://127.0.0.1:9", **QUICK)
+    for url in ("localhost", "ftp://x", ""):
+        with pytest.raises(SettingError, match="expected one like http"):
+            SGLangEngine(url, **QUICK)
+    for urls in ([], ["http://a", "http://a"]):
+        with pytest.raises(SettingError, match="urls is"):
+            SGLangEngine(urls)
+
+
+def test_versions_are_told_apart_and_unknown_ones_refused():
+    assert features_of("0.5.19").weight_version_spans and not features_of("0.5.19").update_sessions
+    assert features_of("0.5.23.post1").update_sessions
+    for version in ("0.4.10", "0.5.20", "0.5.21.dev7", "0.5.170", "0.6.0", "nightly"):
+        with pytest.raises(EngineError, match=r"expected one of 0\.5\.17"):
+            features_of(version)
+        assert features_of(version, assume=KNOWN_VERSIONS[0]).version == version
+    with FakeSGLang() as fake:
+        fake.version = "0.7.0"
+        with pytest.raises(EngineError, match=r"runs SGLang '0.7.0'.*assume_version"):
+            SGLangEngine(fake.url, **QUICK)
+        with contextlib.closing(SGLangEngine(fake.url, assume_version="0.5.17", **QUICK)) as engine:
+            assert engine.servers[0].version == "0.7.0"
+        with pytest.raises(SettingError, match=r"assume_version is '0\.7\.0'"):
+            SGLangEngine(fake.url, assume_version="0.7.0", **QUICK)
+
+
+def test_a_weight_version_must_be_a_number():
+    with serving(weight_version="default") as (_, engine):
+        assert engine.weight_version == 0
+        assert asyncio.run(engine.generate(PROMPT, params())).weight_versions == [0]
+    refused = pytest.raises(EngineError, match="--weight-version 0")
+    with FakeSGLang(weight_version="latest") as fake, refused:
+        SGLangEngine(fake.url, **QUICK)
+
+
+def test_keys():
+    with FakeSGLang(api_key="k", admin_api_key="a") as fake:
+        with pytest.raises(EngineError, match=r"401.*asks for a key, and api_key is None"):
+            SGLangEngine(fake.url, **QUICK)
+        with pytest.raises(EngineError, match="refused the api_key it got"):
+            SGLangEngine(fake.url, api_key="wrong", **QUICK)
+        with contextlib.closing(SGLangEngine(fake.url, api_key="k", **QUICK)) as engine:
+            assert asyncio.run(engine.generate(PROMPT, params())).num_generated_tokens == 6
+            with pytest.raises(EngineError, match="refused the admin_api_key"):
+                asyncio.run(engine.pause())
+            # The failed pause holds nobody back.
+            assert asyncio.run(asyncio.wait_for(engine.generate(PROMPT, params()), 5))
+        both = {"api_key": "k", "admin_api_key": "a"}
+        with contextlib.closing(SGLangEngine(fake.url, **both, **QUICK)) as engine:
+            asyncio.run(engine.pause())
+            asyncio.run(engine.resume())
+
+
+def meta(**changes):
+    return lambda a: {**a, "meta_info": {**a["meta_info"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("meddle", "error", "says"),
+    [
+        (lambda a: {"nothing": 1}, EngineError, "output_ids"),
+        (lambda a: [a, a], EngineError, "does not fit"),
+        (lambda a: {**a, "output_ids": "abc"}, EngineError, "output_ids"),
+        (lambda a: {**a, "output_ids": a["output_ids"][:-1]}, EngineError,
+         "6 log-probs for the 5 tokens of request 'x'; expected one each"),
+        (lambda a: {**a, "output_ids": a["output_ids"][::-1]}, EngineError, "the same token"),
+        (meta(output_token_logprobs=None), EngineError, "sent 0 log-probs for the 6 tokens"),
+        (meta(output_token_logprobs=[[None, t, None] for t in expected(PROMPT, 6)[0][3:]]),
+         NonFiniteError, "no number as log-prob of token 0"),
+        (meta(finish_reason={"type": "bored"}), EngineError, "expected a type among stop"),
+        (meta(finish_reason=None), EngineError, "finish_reason None"),
+        (meta(weight_version="latest"), EngineError, "expected an integer"),
+        (meta(weight_versions=[{"version": "0", "start": 0, "end": 4}]), EngineError,
+         "without a gap"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_none(meddle, error, says):
+    with serving() as (fake, engine):
+        fake.meddle = meddle
+        sample = Sample(tokens=PROMPT)
+        kept = sample.copy()
+        with pytest.raises(error, match=says) as caught:
+            asyncio.run(engine.generate(sample, params(), request_id="x"))
+        assert isinstance(caught.value, MilesError)
+        assert sample.tokens == kept.tokens and not sample.spans
+        fake.meddle = lambda a: a
+        assert asyncio.run(engine.generate(sample, params())).num_generated_tokens == 6
+
+
+def test_something_else_than_sglang():
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # the base class calls it by this name
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>It works!</html>")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(EngineError, match=r"It works!.*Is this address an SGLang server"):
+            SGLangEngine(f"http://127.0.0.1:{server.server_port}", **QUICK)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_a_server_that_is_busy_is_asked_again(status):
+    with serving() as (fake, engine):
+        left = [2]
+
+        def busy(answer):
+            if left[0]:
+                left[0] -= 1
+                raise Refusal(status, {"error": {"message": "The request queue is full."}})
+            return answer
+
+        fake.meddle = busy
+        sample = asyncio.run(engine.generate(PROMPT, params()))
+        assert sample.num_generated_tokens == 6 and sample.metadata["retries"] == 2
+        left[0] = 1000
+        with pytest.raises(EngineError, match=f"answered {status}.*queue is full"):
+            asyncio.run(engine.generate(PROMPT, params()))
+        assert left[0] == 1000 - 6, "the first and five repetitions"
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 504])
+def test_what_is_not_safe_to_repeat_is_not_repeated(status):
+    with serving() as (fake, engine):
+
+        def fail(answer):
+            raise Refusal(status, {"error": {"message": "so it goes"}})
+
+        fake.meddle = fail
+        with pytest.raises(MilesError, match="so it goes"):
+            asyncio.run(engine.generate(PROMPT, params()))
+        assert len(fake.requests) == 1
+
+
+def test_a_server_that_hangs():
+    with serving(engine={"request_timeout": 0.2}, step_seconds=0.05) as (fake, engine):
+        with pytest.raises(EngineError, match=r"did not answer within 0\.2 s"):
+            asyncio.run(engine.generate(PROMPT, params(1000)))
+        assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("name", ["httpx", "msgspec"])
+def test_what_is_missing_is_said(name):
+    code = f"""
+import sys
+sys.modules[{name!r}] = None
+from miles.errors import MissingExtraError
+try:
+    from miles.rollout import SGLangEngine
+except MissingExtraError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"the package {name!r}" in done.stdout and "miles[sglang]" in done.stdout

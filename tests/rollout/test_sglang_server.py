@@ -1,0 +1,145 @@
+"""`SGLangServer` with a fake in the place of SGLang."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from miles.errors import EngineDiedError, EngineError, SettingError
+from miles.rollout import SamplingParams, SGLangEngine, SGLangServer
+from tests.rollout.test_sglang_engine import until
+
+ROOT = Path(__file__).parents[2]
+FAKE = "tests.rollout.sglang_fake"
+
+
+def server(*args: str, **settings) -> SGLangServer:
+    settings = {"module": FAKE, "start_timeout": 40.0, "stop_timeout": 5.0} | settings
+    return SGLangServer("some/model", args=args, **settings)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while runs(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not runs(pid)
+
+
+def test_it_serves_and_is_gone_afterwards(tmp_path):
+    lines: list[str] = []
+    log = tmp_path / "deep" / "server.log"
+    with server("--weight-version", "4", log=log, on_line=lines.append) as started:
+        assert started.alive and os.getpgid(started.pid) == started.pid
+        with contextlib.closing(SGLangEngine(started.url)) as engine:
+            sample = asyncio.run(engine.generate([3, 4], SamplingParams(max_new_tokens=4)))
+        assert sample.weight_versions == [4]
+        started.check()
+        assert started.start() is started
+    assert gone(started.pid) and not started.alive
+    assert lines[0] == "serving some/model" and f"listening on {started.url}" in lines
+    assert log.read_text().splitlines() == lines
+
+
+def test_it_can_be_started_again():
+    one = server()
+    with one:
+        first = one.pid
+    with one:
+        assert one.pid != first and one.alive
+
+
+def test_a_death_before_the_first_answer_shows_the_log():
+    broken = server("--die-after", "0.1")
+    with pytest.raises(EngineDiedError, match="exit code 3") as caught:
+        broken.start()
+    assert "no memory is left" in str(caught.value) and str(broken.log) in str(caught.value)
+    assert not broken.alive
+    missing = server(module="no_such_module_at_all")
+    with pytest.raises(EngineDiedError, match="no_such_module_at_all"):
+        missing.start()
+
+
+def test_a_start_that_takes_too_long_is_ended():
+    slow = server("--start-seconds", "600", start_timeout=6.0)
+    with pytest.raises(EngineError, match="did not answer /server_info within") as caught:
+        slow.start()
+    assert "serving some/model" in str(caught.value)
+    assert gone(slow.pid)
+
+
+def test_a_death_later_is_noticed():
+    with server() as started:
+        os.kill(started.pid, signal.SIGKILL)
+        until(lambda: not started.alive)
+        with pytest.raises(EngineDiedError, match="exit code -9"):
+            started.check()
+
+
+def test_children_and_servers_that_ignore_sigterm_are_ended_too():
+    with server("--stubborn", "--with-child", stop_timeout=0.3) as started:
+        child = int(started.log.read_text().partition("child ")[2].split()[0])
+        assert runs(child)
+    assert gone(started.pid) and gone(child)
+    # A parent that died alone leaves a child behind.
+    with server("--with-child") as started:
+        child = int(started.log.read_text().partition("child ")[2].split()[0])
+        os.kill(started.pid, signal.SIGKILL)
+        assert gone(started.pid) and runs(child)
+    assert gone(child)
+
+
+def test_it_ends_when_its_owner_is_killed():
+    code = f"""
+import time
+from miles.rollout import SGLangServer
+started = SGLangServer("m", module="{FAKE}", start_timeout=40).start()
+print(started.pid, flush=True)
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        pid = int(owner.stdout.readline())
+        assert runs(pid)
+    finally:
+        owner.kill()
+        owner.communicate()
+    assert gone(pid)
+
+
+def test_environment_key_and_port():
+    given = server(env={"A": "1", "PYTHONPATH": "x:y"}, python="/py", port=31999, api_key="k")
+    assert given.command[:6] == ["env", "A=1", "PYTHONPATH=x:y", "/py", "-m", FAKE]
+    assert given.command[-2:] == ["--api-key", "k"] and given.url == "http://127.0.0.1:31999"
+    assert given.pid is None and given.last_lines() == ""
+    given.stop()
+    with server(api_key="k") as started:
+        with contextlib.closing(SGLangEngine(started.url, api_key="k")) as engine:
+            assert engine.weight_version == 0
+        with pytest.raises(EngineError, match="api_key is None"):
+            SGLangEngine(started.url)
+
+
+def test_a_taken_port_and_a_missing_interpreter():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SettingError, match=f"port {port} of 127.0.0.1 cannot be used"):
+            server(port=port).start()
+    with pytest.raises(SettingError, match="cannot be started"):
+        server(python="/no/such/python").start()

@@ -1,0 +1,140 @@
+"""Ranks of a gloo group that die, say nothing or talk nonsense; the engines serve on."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from miles.sync import CollectiveReceiver, CollectiveSyncer
+from miles.sync._link import Link
+from tests.sync.processes import die, launch
+from tests.sync.targets import Target, random_tensors, same
+from tests.sync.test_collective import TIMEOUT, attempt, matches, weights
+
+# Ranks that die: rank 0 sends, 1 and 2 receive.
+
+PHASES = ["hello", "begin", "bucket", "end", "commit"]
+
+
+def dying(who, phase):
+    rank = dist.get_rank()
+    send, receive = Link.send, Link.receive
+
+    def dying_send(link, to, message):
+        if rank == who == 0 and message.get("op") == phase and armed:
+            die()
+        send(link, to, message)
+
+    def dying_receive(link, source, **options):
+        message = receive(link, source, **options)
+        if rank == who != 0 and message.get("op") == phase and armed:
+            die()
+        return message
+
+    armed = []
+    Link.send, Link.receive = dying_send, dying_receive
+    if rank == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer.push(weights(1), version=1)
+        armed.append(True)
+        first = attempt(lambda: syncer.push(weights(2), version=2))
+        return first, attempt(lambda: syncer.push(weights(2), version=2))
+    target = Target()
+    receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=TIMEOUT)
+    receiver.receive_once()
+    armed.append(True)
+    second = attempt(receiver.receive_once)
+    return second, target.weight_version, same(target.live, random_tensors(target.weight_version))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_sender_that_dies_leaves_every_engine_serving(tmp_path, phase):
+    sent, *received = launch(dying, 3, tmp_path, 0, phase)
+    assert sent is None
+    for text, version, right in received:
+        matches(text, "rank 0 is gone .*version 1 is still served; make a new process group")
+        assert (version, right) == (1, True)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_receiver_that_dies_is_named_and_the_other_goes_on(tmp_path, phase):
+    (first, second), other, gone = launch(dying, 3, tmp_path, 2, phase)
+    assert gone is None
+    matches(first, "rank 2 (is gone|did not answer)")
+    assert "rank 1 is gone" not in first
+    if phase == "bucket":
+        matches(first, r"bucket \d \(tensors ")
+    matches(second, "make a new process group")
+    text, version, right = other
+    assert right and version == (2 if phase == "commit" else 1)
+    if phase != "commit":
+        assert isinstance(text, str) and "1 is still served" in text
+    else:
+        matches(first, r"ranks \[1\] serve it, but rank 2 did not commit")
+
+
+def silent(who):
+    """Rank `who` stops answering in the middle."""
+    rank, send, receive = dist.get_rank(), Link.send, Link.receive
+
+    def sleepy_send(link, to, message):
+        if rank == who == 0 and message.get("op") == "end":
+            time.sleep(3)
+        send(link, to, message)
+
+    def sleepy_receive(link, source, **options):
+        message = receive(link, source, **options)
+        if rank == who == 1 and message.get("op") == "end":
+            time.sleep(3)
+        return message
+
+    Link.send, Link.receive = sleepy_send, sleepy_receive
+    if rank == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, timeout=1)
+        result = attempt(lambda: syncer.push(weights(1), version=1))
+        time.sleep(3)
+        return result
+    target = Target()
+    receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=1)
+    return attempt(receiver.receive_once), target.weight_version
+
+
+def test_a_receiver_that_is_silent_for_too_long_is_named(tmp_path):
+    sent, (_, version) = launch(silent, 2, tmp_path, 1)
+    matches(sent, "rank 1 did not answer within 1 s")
+    assert version == 0
+
+
+def test_a_sender_that_is_silent_for_too_long_leaves_the_engine_serving(tmp_path):
+    _, (text, version) = launch(silent, 2, tmp_path, 0)
+    matches(text, "rank 0 did not answer within 1 s.*version 0 is still served")
+    assert version == 0
+
+
+NONSENSE = [b"{", b"[]", b"{}", b'{"op": "bucket"}', b'{"op": "begin"}', b"\xff"]
+
+
+def talking_nonsense(body):
+    group = dist.group.WORLD
+    if dist.get_rank() == 0:
+        data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        link = Link(group, TIMEOUT, None)
+        if b"op" in body:
+            link.send(1, {"op": "hello"})
+            link.receive(1)
+        group.send([torch.tensor([len(body)])], 1, 0).wait()
+        group.send([data], 1, 0).wait()
+        time.sleep(1)
+        return None
+    target = Target()
+    text = attempt(CollectiveReceiver(target, group, timeout=TIMEOUT).receive_once)
+    return text, target.weight_version
+
+
+@pytest.mark.parametrize("body", NONSENSE)
+def test_a_sender_that_talks_nonsense_does_no_harm(tmp_path, body):
+    _, (text, version) = launch(talking_nonsense, 2, tmp_path, body)
+    matches(text, "SyncError|PeerLostError")
+    matches(text, "nonsense")
+    assert version == 0

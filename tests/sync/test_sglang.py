@@ -1,0 +1,488 @@
+"""`SGLangSyncer` against a server that speaks the protocols of 0.5.17 and 0.5.21."""
+
+import base64
+import io
+import pickle
+import socket
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.multiprocessing import reductions
+
+from miles.errors import SettingError, SyncError
+from miles.precision import BlockFP8, convert_, export
+from miles.protocols import WeightSyncer
+from miles.sync import SGLangSyncer, _sglang_payload
+from miles.sync._sglang_payload import flat_buckets
+from tests.rollout.sglang_fake import FakeSGLang, Refusal
+
+VERSIONS = ["0.5.17", "0.5.21"]
+GLOBALS = {
+    "types.SimpleNamespace",
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.storage._load_from_bytes",
+    "torch.multiprocessing.reductions.rebuild_cuda_tensor",
+    "torch.storage.TypedStorage",
+    "torch.Tensor",
+}
+"""A part of what SGLang's unpicklers let through; torch's dtypes come beside."""
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        found = super().find_class(module, name)
+        assert f"{module}.{name}" in GLOBALS or isinstance(found, torch.dtype), (module, name)
+        return found
+
+
+def load(payload: str) -> dict:
+    return Unpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
+
+
+class Server(FakeSGLang):
+    """Keeps the weights that it is sent, as they come: what fails halfway stays halfway."""
+
+    def __init__(self, version: str, **settings) -> None:
+        super().__init__(version, **settings)
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.fail_at: str | None = None
+        self.paused_at_update: list[bool] = []
+        self.never_idle = False
+
+    @property
+    def paused(self) -> bool:
+        told = [path for path in self.calls if path.endswith("_generation")]
+        return told[-1:] == ["/pause_generation"]
+
+    async def flush_cache(self, body):
+        if self.never_idle:
+            raise Refusal(400, {"message": "Flush cache failed."})
+        return await super().flush_cache(body)
+
+    def update(self, name, body):
+        super().update(name, body)
+        count = sum(called == name for called, _ in self.updates)
+        if self.fail_at == f"{name} {count}":
+            self.fail_at = None
+            raise Refusal(400, {"success": False, "message": "no memory is left"})
+        if name == "update_weights_from_tensor":
+            self.paused_at_update.append(self.paused)
+            assert body["load_format"] == "flattened_bucket" and body["flush_cache"] is False
+            content = load(body["serialized_named_tensors"][0])
+            self.take(content["flattened_tensor"], content["metadata"])
+        elif name == "update_weights_from_disk":
+            for file in sorted(Path(body["model_path"]).glob("*.safetensors")):
+                self.loaded |= load_file(file)
+        elif name == "init_weights_update_group":
+            threading.Thread(target=self.join, args=(body,)).start()
+        elif name == "update_weights_from_distributed":
+            dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
+            sizes = [
+                dtype.itemsize * torch.Size(shape).numel()
+                for dtype, shape in zip(dtypes, body["shapes"], strict=True)
+            ]
+            flat, at, metadata = torch.empty(sum(sizes), dtype=torch.uint8), 0, []
+            for i, size in enumerate(sizes):
+                metadata.append(
+                    SimpleNamespace(
+                        name=body["names"][i], shape=body["shapes"][i], dtype=dtypes[i],
+                        start_idx=at, end_idx=at + size,
+                    )
+                )  # fmt: skip
+                at += size
+            options = dist.BroadcastOptions()
+            self.group.broadcast([flat], options).wait()
+            self.take(flat, metadata)
+        return {"success": True, "message": "Success."}
+
+    def join(self, body) -> None:
+        """As SGLang does; a name is taken once in a process, so not by its function here."""
+        rank, size, name = body["rank_offset"], body["world_size"], body["group_name"]
+        store = dist.TCPStore(body["master_address"], body["master_port"], size, is_master=False)
+        for prefix in (name, f"{name}/", "cpu/"):
+            store = dist.PrefixStore(prefix, store)
+        self.group = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=30))
+
+    def take(self, flat, metadata) -> None:
+        for weight in metadata:
+            part = flat[weight.start_idx : weight.end_idx]
+            self.loaded[weight.name] = part.view(weight.dtype).reshape(weight.shape)
+            self.weights[weight.name] = self.loaded[weight.name].float().tolist()
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.updates]
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embed": torch.randn(100, 8, generator=generator).bfloat16(),
+        "odd": torch.randint(256, (3,), generator=generator).to(torch.uint8),
+        "norm": torch.randn(8, generator=generator),
+        "codes": torch.randn(16, 16, generator=generator).to(torch.float8_e4m3fn),
+        "scalar": torch.randn((), generator=generator),
+    }
+
+
+def same(held, expected) -> bool:
+    return held.keys() == expected.keys() and all(
+        held[n].dtype == t.dtype
+        and held[n].shape == t.shape
+        and torch.equal(held[n].reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8))
+        for n, t in expected.items()
+    )
+
+
+@pytest.fixture(params=VERSIONS)
+def server(request):
+    with Server(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def syncer_for(tmp_path):
+    syncers = []
+
+    def make(*servers, **options):
+        options = {"via": "value", "bucket_bytes": 700, "timeout": 30} | options
+        syncers.append(SGLangSyncer([server.url for server in servers], **options))
+        return syncers[-1]
+
+    yield make
+    for syncer in syncers:
+        syncer.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_weights_arrive_bit_for_bit_while_the_server_is_paused(server, syncer_for):
+    syncer = syncer_for(server)
+    assert isinstance(syncer, WeightSyncer)
+    for version in (1, 2):
+        report = syncer.push(weights(version).items(), version=version)
+        assert same(server.loaded, weights(version)) and server.weight_version == str(version)
+    assert (report.num_tensors, report.num_bytes, report.num_buckets) == (5, 1895, 3)
+    assert set(report.phases) == {"gather", "load", "commit", "pause"}
+    assert all(server.paused_at_update) and not server.paused
+
+
+def test_the_calls_are_those_of_the_servers_version(server, syncer_for):
+    syncer_for(server).push(weights(1).items(), version=1)
+    session = ["begin_weight_update"], ["end_weight_update"]
+    begin, end = session if server.strict else ([], [])
+    version = ["update_weight_version"]
+    updates = ["update_weights_from_tensor"] * 3
+    assert server.names() == version + begin + updates + end + version
+    said = [body for name, body in server.updates if name == "update_weight_version"]
+    assert [body["new_version"] for body in said] == ["-1", "1"]
+    assert not any(body["abort_all_requests"] for body in said)
+    calls = [path for path in server.calls if "info" not in path]
+    assert calls[:2] == ["/pause_generation", "/flush_cache"]
+    assert calls[-1] == "/continue_generation"
+
+
+def test_the_served_version_is_not_pushed_again_and_versions_only_grow(server, syncer_for):
+    syncer = syncer_for(server)
+    syncer.push(weights(1).items(), version=3)
+    before = len(server.calls)
+    assert syncer.push(weights(2).items(), version=3).num_tensors == 0
+    assert server.calls[before:] == ["/server_info", "/model_info"]
+    with pytest.raises(SyncError, match="version 2 is older than 3"):
+        syncer_for(server).push(weights(2).items(), version=2)
+    assert same(server.loaded, weights(1))
+
+
+def test_by_disk_the_folder_is_whole_and_the_last_one_only(server, syncer_for, tmp_path):
+    syncer = syncer_for(server, via="disk", folder=tmp_path / "weights")
+    for version in (1, 2):
+        syncer.push(weights(version).items(), version=version)
+        assert same(server.loaded, weights(version)) and server.weight_version == str(version)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-2"]
+    assert "begin_weight_update" not in server.names()
+
+
+def test_by_broadcast(server, syncer_for):
+    syncer = syncer_for(server, via="distributed", master=("127.0.0.1", free_port()),
+                        backend="gloo")  # fmt: skip
+    for version in (1, 2):
+        syncer.push(weights(version).items(), version=version)
+        assert same(server.loaded, weights(version)) and server.weight_version == str(version)
+    assert server.names().count("init_weights_update_group") == 1
+
+
+def test_a_server_that_refuses_never_joins_a_broadcast_and_nobody_waits_for_it(server, syncer_for):
+    server.fail_at = "update_weights_from_distributed 1"
+    master = "127.0.0.1", free_port()
+    syncer = syncer_for(server, via="distributed", master=master, backend="gloo", timeout=3)
+    with pytest.raises(SyncError, match=r"version 1 was not pushed.*no memory is left"):
+        syncer.push(weights(1).items(), version=1)
+    assert server.weight_version == "-1"
+
+
+@pytest.mark.parametrize(
+    "step", ["update_weights_from_tensor 1", "update_weights_from_tensor 2", "last version"]
+)
+def test_a_failure_halfway_is_told_and_the_next_push_is_whole(server, syncer_for, step):
+    syncer = syncer_for(server)
+    syncer.push(weights(1).items(), version=1)
+    server.updates.clear()
+    server.fail_at = step.replace("last version", "update_weight_version 2")
+    with pytest.raises(
+        SyncError,
+        match=r"version 2 was not pushed, servers hold a part of it: weight version -1, still "
+        r"paused; push again.*no memory is left",
+    ):
+        syncer.push(weights(2).items(), version=2)
+    assert server.weight_version == "-1" and server.paused
+    other = syncer_for(server)  # whoever pushes next, even an older version
+    other.push(weights(1).items(), version=1)
+    assert same(server.loaded, weights(1)) and server.weight_version == "1" and not server.paused
+
+
+def test_a_failure_names_the_bucket(server, syncer_for):
+    server.fail_at = "update_weights_from_tensor 2"
+    with pytest.raises(SyncError, match=r"the bucket of odd to norm was not loaded"):
+        syncer_for(server).push(weights(1).items(), version=1)
+
+
+def test_what_fails_before_anything_is_written_changes_nothing(server, syncer_for):
+    syncer = syncer_for(server)
+    syncer.push(weights(1).items(), version=1)
+
+    server.never_idle = True
+    with pytest.raises(SyncError, match=r"servers serve what they did.*Flush cache failed"):
+        syncer.push(weights(2).items(), version=2)
+    assert server.weight_version == "1" and not server.paused and same(server.loaded, weights(1))
+
+
+def test_an_error_of_the_trainers_own_keeps_its_type(server, syncer_for):
+    def breaking():
+        yield from weights(1).items()
+        raise ZeroDivisionError("boom")
+
+    with pytest.raises(ZeroDivisionError, match="boom") as caught:
+        syncer_for(server, bucket_bytes=1).push(breaking(), version=1)
+    assert "hold a part of it" in caught.value.__notes__[0] and server.weight_version == "-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([], "no weights were given"),
+        ([("a", torch.ones(2)), ("a", torch.ones(2))], "a came twice"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(server, syncer_for, given, text):
+    with pytest.raises(SyncError, match=text):
+        syncer_for(server).push(given, version=1)
+    assert server.weight_version == "0"
+    assert not [path for path in server.calls if "generation" in path]
+
+
+def test_several_servers_get_the_same_and_one_that_lags_is_caught_up(syncer_for):
+    with Server("0.5.17") as a, Server("0.5.21") as b:
+        syncer_for(a).push(weights(1).items(), version=1)
+        syncer = syncer_for(a, b)
+        syncer.push(weights(1).items(), version=1)
+        assert same(b.loaded, weights(1)) and a.names().count("update_weights_from_tensor") == 3
+        syncer.push(weights(2).items(), version=2)
+        assert same(a.loaded, weights(2)) and same(b.loaded, weights(2))
+        b.fail_at = "update_weights_from_tensor 7"
+        with pytest.raises(SyncError, match=b.url):
+            syncer.push(weights(3).items(), version=3)
+        assert (a.weight_version, b.weight_version) == ("-1", "-1")
+        syncer.push(weights(3).items(), version=3)
+        assert same(a.loaded, weights(3)) and same(b.loaded, weights(3))
+
+
+def test_weights_are_read_back_on_request(server, syncer_for):
+    syncer_for(server, verify=["embed", "norm"]).push(weights(1).items(), version=1)
+    server.take = lambda flat, metadata: None  # loads nothing, and says that all is well
+    with pytest.raises(SyncError, match=f"{server.url} holds other values of embed"):
+        syncer_for(server, verify=["embed"]).push(weights(2).items(), version=2)
+    server.weights.clear()
+    with pytest.raises(SyncError, match=r"does not tell what it holds of norm.*leave verify="):
+        syncer_for(server, verify=["norm"]).push(weights(2).items(), version=2)
+    with pytest.raises(SyncError, match=r"verify names \['nothing'\]"):
+        syncer_for(server, verify=["nothing"]).push(weights(2).items(), version=2)
+
+
+def test_quantised_pairs_pass_unchanged(server, syncer_for):
+    model = nn.Sequential(nn.Linear(128, 128, bias=False)).bfloat16()
+    convert_(model, [("*", BlockFP8())])
+    expected = dict(export(model))
+    syncer_for(server).push(export(model), version=1)
+    assert same(server.loaded, expected)
+    assert "0.weight_scale_inv" in server.loaded
+
+
+@pytest.mark.parametrize("selector", ["target", "draft", "all"])
+def test_the_selector_is_spelt_as_each_version_does(server, syncer_for, selector):
+    syncer = syncer_for(server, selector=selector)
+    if selector == "draft" and not server.strict:
+        with pytest.raises(SyncError, match=r"older than 0.5.21.*draft"):
+            syncer.push(weights(1).items(), version=1)
+        assert server.updates == []
+        return
+    syncer.push(weights(1).items(), version=1)
+    body = next(body for name, body in server.updates if name == "update_weights_from_tensor")
+    if server.strict:
+        assert body["selector"] == selector
+    else:
+        assert body["disable_draft_model"] == (selector == "target")
+
+
+def test_a_pause_of_ones_own_is_left_alone(server, syncer_for):
+    syncer_for(server, pause=None).push(weights(1).items(), version=1)
+    assert "/pause_generation" not in server.calls and "/continue_generation" not in server.calls
+
+
+def test_keys_are_asked_for_and_sent(syncer_for):
+    with Server("0.5.17", api_key="open", admin_api_key="sesame") as server:
+        with pytest.raises(SyncError, match="wants a key and got none; pass admin_key="):
+            syncer_for(server).push(weights(1).items(), version=1)
+        with pytest.raises(SyncError, match="wants a key and got the given one"):
+            syncer_for(server, api_key="open").push(weights(1).items(), version=1)
+        syncer_for(server, api_key="open", admin_key="sesame").push(weights(1).items(), version=1)
+        assert same(server.loaded, weights(1))
+
+
+def test_a_server_that_is_not_there_or_unknown_or_none_is_told(syncer_for):
+    nobody = SimpleNamespace(url=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(SyncError, match=r"no answer of http.*expected an SGLang server there"):
+        syncer_for(nobody).push(weights(1).items(), version=1)
+    with Server("0.5.99") as server:
+        with pytest.raises(SyncError, match=r"runs SGLang '0.5.99'; expected one of 0.5.17"):
+            syncer_for(server).push(weights(1).items(), version=1)
+        syncer_for(server, assume_version="0.5.23").push(weights(1).items(), version=1)
+        assert "begin_weight_update" in server.names()
+        server.weight_version = "step-7"
+        with pytest.raises(SyncError, match="weight version is 'step-7'; expected an integer"):
+            syncer_for(server, assume_version="0.5.23").push(weights(1).items(), version=1)
+
+
+@pytest.mark.parametrize("answer", [b"<html>hello</html>", b"[1, 2]", b'{"version": 3}'])
+def test_nonsense_is_called_so(syncer_for, answer):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def talk():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connection.recv(65536)
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            connection.sendall(head % len(answer) + answer)
+            connection.close()
+
+    threading.Thread(target=talk, daemon=True).start()
+    server = SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    with pytest.raises(SyncError, match=r"is this the address of an SGLang server|runs SGLang '3'"):
+        syncer_for(server).push(weights(1).items(), version=1)
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"via": "carrier pigeon"},
+        {"via": "disk"},
+        {"folder": "x"},
+        {"via": "distributed"},
+        {"bucket_bytes": 0},
+        {"assume_version": "0.4"},
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(options):
+    with pytest.raises(SettingError):
+        SGLangSyncer("http://127.0.0.1:1", **options)
+
+
+def test_urls_are_one_or_more_each_once():
+    for urls in ([], ["http://a", "http://a"]):
+        with pytest.raises(SettingError, match="each once"):
+            SGLangSyncer(urls)
+
+
+def test_a_weight_larger_than_a_bucket_has_one_of_its_own():
+    given = {"a": torch.ones(4), "b": torch.ones(5000), "c": torch.ones(4)}
+    buckets = list(flat_buckets(given.items(), bucket_bytes=1024, device="cpu"))
+    assert [bucket.names for bucket in buckets] == ["a", "b", "c"]
+    assert [bucket.flat.numel() for bucket in buckets] == [16, 20000, 16]
+
+
+def test_every_weight_is_aligned_with_gaps_and_without():
+    for tight in (False, True):
+        for bucket in flat_buckets(
+            weights(1).items(), bucket_bytes=4096, device="cpu", tight=tight
+        ):
+            end = 0
+            for weight in bucket.metadata:
+                assert weight.start_idx % (weight.dtype.itemsize if tight else 256) == 0
+                assert not tight or weight.start_idx == end
+                end = weight.end_idx
+
+
+def test_on_a_gpu_the_handle_carries_its_uuid_and_torchs_own_rebuild(monkeypatch):
+    handle = (
+        "cls",
+        (8,),
+        (1,),
+        0,
+        "storage",
+        torch.uint8,
+        3,
+        b"h" * 65,
+        8,
+        0,
+        False,
+        b"r",
+        0,
+        b"e",
+        True,
+    )
+    monkeypatch.setattr(
+        reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, handle)
+    )
+    properties = SimpleNamespace(uuid="GPU-uuid")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    seen = []
+    bucket = next(flat_buckets(weights(1).items(), bucket_bytes=4096, device="cpu"))
+    payload = _sglang_payload.by_handle(bucket)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *args: seen.append(args))
+    assert load(payload)["metadata"][0].name == "embed"
+    assert seen == [(*handle[:6], "GPU-uuid", *handle[7:])]
+
+
+def test_memory_that_cannot_be_shared_is_explained(monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("invalid argument")
+
+    monkeypatch.setattr(reductions, "reduce_tensor", refuse)
+    bucket = next(flat_buckets(weights(1).items(), bucket_bytes=4096, device="cpu"))
+    with pytest.raises(SyncError, match=r"invalid argument.*expandable_segments"):
+        _sglang_payload.by_handle(bucket)
+    segment = {"address": bucket.flat.data_ptr(), "total_size": 9, "is_expandable": True}
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment])
+    with pytest.raises(SyncError, match="expandable segment"):
+        _sglang_payload.check_exportable(bucket.flat)
+
+
+def test_cpu_weights_for_a_gpu_carrier_are_refused(server, syncer_for):
+    with pytest.raises(SyncError, match=r'embed is on cpu.*via="value"'):
+        syncer_for(server, via="cuda_ipc").push(weights(1).items(), version=1)
+    assert server.weight_version == "0"
+    assert not [path for path in server.calls if "generation" in path]
