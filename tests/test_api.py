@@ -7,7 +7,11 @@ import pytest
 
 from tests.public_api import ALL, PARAMETERS
 
-ENGINES = ["miles.rollout.HFEngine", "miles.rollout.EngineProcess"]
+ENGINES = [
+    "miles.rollout.HFEngine",
+    "miles.rollout.EngineProcess",
+    "miles.rollout.SGLangEngine",
+]
 
 
 def find(path: str):
