@@ -299,5 +299,5 @@ def test_nan_after_a_step_is_named_at_the_next_one(recipe):
         optimizer.zero_grad()
     assert model(x).isnan().any()
     optimizer.step()
-    with pytest.raises(NonFiniteError, match="1.weight held NaN or infinity in the"):
+    with pytest.raises(NonFiniteError, match=r"1\.weight held NaN or infinity in the"):
         model(x)
