@@ -1,4 +1,4 @@
-"""Quantise kernels on CUDA: bytes a second, beside a copy and torchao's kernels in the same run.
+"""Quantise kernels on CUDA: bytes a second, beside a copy, torchao and DeepGEMM's casts.
 
     python benchmarks/quantise.py --commit $(git rev-parse --short HEAD)
 
@@ -28,6 +28,11 @@ try:
     from torchao.prototype.blockwise_fp8_training import kernels as torchao
 except ImportError:
     torchao = None
+try:
+    from deep_gemm.utils import math as deepgemm
+except Exception as error:  # it looks for a compiler and a driver when it is imported
+    print(f"without DeepGEMM's casts: {type(error).__name__}: {error}")
+    deepgemm = None
 
 AHEAD = 1_000_000
 """Cycles that the device spins before a call: about half a millisecond."""
@@ -108,6 +113,11 @@ def fp8(x: torch.Tensor) -> Kernels:
                 lambda: (square(x), square_turned(x)),
                 square_pair,
             ),
+        }
+    if deepgemm is not None:
+        found |= {
+            "deepgemm cast 1x128": (lambda: deepgemm.per_token_cast_to_fp8(x, False), rows),
+            "deepgemm cast 128x128": (lambda: deepgemm.per_block_cast_to_fp8(x, False), squares),
         }
     return found
 
