@@ -61,6 +61,10 @@ class WeightTarget(Protocol):
 
         Called with exactly the names, shapes and dtypes of `weight_tensors()`. With `alias` the
         target keeps the tensors themselves; without, it copies.
+
+        All or nothing: if it raises, the target serves what it served, under the old version.
+        Carriers report that, and push the version whole again; they do not undo half a commit,
+        but never write to memory that such a target may have kept.
         """
         ...
 

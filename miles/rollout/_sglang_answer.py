@@ -224,9 +224,11 @@ def _spans(
     if meta.weight_versions is None:
         # Only the last version is known. If another was served when the request was sent, the
         # older one is the safe guess: a token counts as staler than it may be, never as fresher.
-        last = version_number(meta.weight_version, url=url)
+        last = _version(meta.weight_version, sent_version, url=url)
         return [(0, count, min(last, sent_version))] if count else []
-    spans = [(s.start, s.end, version_number(s.version, url=url)) for s in meta.weight_versions]
+    spans = [
+        (s.start, s.end, _version(s.version, sent_version, url=url)) for s in meta.weight_versions
+    ]
     spans = [span for span in spans if span[0] < span[1]]
     ends = [0, *(end for _, end, _ in spans)]
     if [start for start, _, _ in spans] != ends[:-1] or ends[-1] != count:
@@ -235,6 +237,12 @@ def _spans(
             f"0..{count} without a gap"
         )
     return spans
+
+
+def _version(text: str | int | None, sent_version: int, *, url: str) -> int:
+    """A negative one says that an update is under way: the version before is the safe guess."""
+    version = version_number(text, url=url)
+    return sent_version if version < 0 else version
 
 
 def _routing(
@@ -279,7 +287,7 @@ def _note(
     if reason == "abort" and meta.finish_reason is not None:
         notes["abort_message"] = meta.finish_reason.get("message", "")
     if meta.weight_versions is None:
-        last = version_number(meta.weight_version, url=url)
+        last = _version(meta.weight_version, sent_version, url=url)
         if last != sent_version and num_tokens:
             notes["weight_versions_mixed"] = [sent_version, last]
     if meta.cached_tokens is not None:

@@ -6,13 +6,21 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
 from miles.rollout._sglang_answer import RoutingLayout, complete
-from miles.rollout._sglang_http import Aborted, Busy, ConnectionLost, NotReached, PauseMode, Server
+from miles.rollout._sglang_http import (
+    Aborted,
+    Busy,
+    ConnectionLost,
+    NotReached,
+    PauseMode,
+    Refused,
+    Server,
+)
 from miles.rollout._sglang_servers import Servers
 from miles.rollout.sample import Sample, SamplingParams, Status
 
@@ -20,6 +28,8 @@ __all__ = ["Calls", "How"]
 
 MAX_BACKOFF = 10.0
 ABORT_REPEAT_SECONDS = 0.5
+UPDATE_POLL_SECONDS = 0.1
+"""Between two looks at servers whose weights are being updated."""
 MAX_ABORTS = 64
 """Sent at once, beside what is in flight."""
 
@@ -68,7 +78,7 @@ class Calls:
         self._aborting = asyncio.Semaphore(MAX_ABORTS)
         self._gate = asyncio.Event()
         self._gate.set()
-        self.paused: PauseMode | None = None
+        self._pausing = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -80,11 +90,21 @@ class Calls:
         task.add_done_callback(self._beside.discard)
 
     async def close(self, seconds: float) -> None:
-        """End every call, and what runs beside."""
-        if self._calls:
-            await self.abort([call.request_id for call in self._calls], seconds=seconds)
-        for task in self._beside:
+        """End every call."""
+        calls = list(self._calls)
+        try:
+            if calls:
+                await self.abort([call.request_id for call in calls], seconds=seconds)
+        except EngineError:  # a server that does not let us
+            await _end(calls)
+
+    async def end_beside(self) -> None:
+        """End what runs beside; nothing may start any more."""
+        tasks = list(self._beside)
+        for task in tasks:
             task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def generate(self, name: str, sample: Sample, params: SamplingParams) -> Sample:
         """Complete `sample`, which is nobody else's."""
@@ -114,8 +134,7 @@ class Calls:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             await self._gate.wait()
             async with self._slots:
-                await self._gate.wait()
-                server = await self._servers.pick(call.sample, self.paused)
+                server = await self._pick(call.sample)
                 if server is None:
                     problem = self._servers.none_left()
                     call.retries += 1
@@ -140,6 +159,16 @@ class Calls:
             if call.aborted:
                 raise asyncio.CancelledError
             call.retries += 1
+
+    async def _pick(self, sample: Sample) -> Server | None:
+        """A server, when no pause and no update is under way; None: none is left."""
+        while True:
+            await self._gate.wait()
+            server = await self._servers.pick(sample)
+            if server is None and self._servers.updating:
+                await asyncio.sleep(UPDATE_POLL_SECONDS)
+            elif self._gate.is_set():  # no pause came while servers were looked at
+                return server
 
     async def _ask(self, call: Call, server: Server) -> Sample:
         sample, params = call.sample, call.params
@@ -210,56 +239,87 @@ class Calls:
             call.aborted = True
             if call.rid is None:
                 call.task.cancel()
-        end = asyncio.get_running_loop().time() + (
-            self._how.abort_timeout if seconds is None else seconds
-        )
-        if self.paused == "in_place" and any(call.rid is not None for call in calls):
-            await self._servers.everywhere(lambda server: server.pause("retract"))
-            self.paused = "retract"
+        try:
+            async with asyncio.timeout(self._how.abort_timeout if seconds is None else seconds):
+                await self._abort_at_servers(calls, everything=request_ids is None)
+        except TimeoutError:
+            await _end(calls)
+        except EngineError:
+            for call in calls:
+                call.aborted = call.rid is None  # those that are at a server go on there
+            raise
+
+    async def _abort_at_servers(self, calls: list[Call], *, everything: bool) -> None:
+        if any(call.rid is not None for call in calls):
+            await self._retract()
         # One that is on its way to the server is not there yet to be aborted: repeat.
         while True:
-            sent = [call for call in calls if call.rid is not None and not call.task.done()]
-            if request_ids is None:
+            if everything:
                 await self._servers.everywhere(lambda server: server.abort(None))
             else:
+                sent = [call for call in calls if call.rid is not None and not call.task.done()]
                 await asyncio.gather(*(self._abort_in_turn(call) for call in sent))
             tasks = [call.task for call in calls if not call.task.done()]
-            if not tasks:
-                return
-            await asyncio.wait(tasks, timeout=ABORT_REPEAT_SECONDS)
+            if tasks:
+                await asyncio.wait(tasks, timeout=ABORT_REPEAT_SECONDS)
             if all(task.done() for task in tasks):
-                return
-            if asyncio.get_running_loop().time() > end:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
                 return
 
     async def _abort_in_turn(self, call: Call) -> None:
         async with self._aborting:
-            await _abort_one(call.rid, call.server)
+            if call.rid is None or call.server is None:
+                return
+            try:
+                await call.server.abort(call.rid)
+            except Refused:
+                raise
+            except EngineError:  # it did not get there: the next turn tries again
+                return
+
+    async def _retract(self) -> None:
+        """Under a pause "in_place" nothing ends."""
+        if self._servers.paused != "in_place":
+            return
+        async with self._pausing:
+            if self._servers.paused == "in_place":
+                with self._telling("retract"):
+                    await self._servers.everywhere(lambda server: server.pause("retract"))
+
+    @contextlib.contextmanager
+    def _telling(self, mode: PauseMode | None) -> Iterator[None]:
+        """Say first what all are about to be told, for a server that comes back meanwhile."""
+        before, self._servers.paused = self._servers.paused, mode
+        try:
+            yield
+        except BaseException:
+            self._servers.paused = before
+            raise
 
     async def pause(self, mode: PauseMode) -> None:
         """Let the servers, and what is not sent yet, wait."""
-        self._gate.clear()
-        self.paused = mode
-        try:
-            await self._servers.everywhere(lambda server: server.pause(mode))
-        except EngineError:  # some may be paused, some not: all go on
-            with contextlib.suppress(EngineError):
-                await self._servers.everywhere(lambda server: server.resume())
-            self.paused = None
-            self._gate.set()
-            raise
+        async with self._pausing:
+            self._gate.clear()
+            self._servers.paused = mode
+            try:
+                await self._servers.everywhere(lambda server: server.pause(mode))
+            except EngineError:  # some may be paused, some not: all go on
+                self._servers.paused = None
+                with contextlib.suppress(EngineError):
+                    await self._servers.everywhere(lambda server: server.resume())
+                self._gate.set()
+                raise
 
     async def resume(self) -> None:
-        """Go on after `pause`."""
-        if self.paused is None:
-            return
-        await self._servers.everywhere(lambda server: server.resume())
-        self.paused = None
-        await self._servers.refresh(None)
-        self._gate.set()
+        """Go on after `pause`; if a server does not, all is as before, to be tried again."""
+        async with self._pausing:
+            if self._gate.is_set():
+                return
+            with self._telling(None):
+                await self._servers.everywhere(lambda server: server.resume())
+            try:
+                await self._servers.refresh()
+            finally:  # the servers run: what waits here may go
+                self._gate.set()
 
 
 def _named(name: str, wanted: Sequence[str] | None) -> bool:
@@ -268,7 +328,19 @@ def _named(name: str, wanted: Sequence[str] | None) -> bool:
     return any(name == w or (w.endswith("/") and name.startswith(w)) for w in wanted)
 
 
+async def _end(calls: list[Call]) -> None:
+    """Let calls return what there is, whatever the servers do."""
+    tasks = [call.task for call in calls if not call.task.done()]
+    for call in calls:
+        call.aborted = True
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
 async def _abort_one(rid: str | None, server: Server | None) -> None:
+    """Spare a server the work, if it can be."""
     if rid is not None and server is not None:
         with contextlib.suppress(EngineError):
             await server.abort(rid)

@@ -32,7 +32,17 @@ try:
 except ImportError as error:
     raise MissingExtraError("httpx", "sglang") from error
 
-__all__ = ["Aborted", "Busy", "ConnectionLost", "NotReached", "PauseMode", "Server", "ServerState"]
+__all__ = [
+    "Aborted",
+    "Busy",
+    "ConnectionLost",
+    "NotReached",
+    "PauseMode",
+    "Refused",
+    "Server",
+    "ServerState",
+    "Updating",
+]
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -58,6 +68,14 @@ class Aborted(EngineError):
 
 class Busy(EngineError):
     """The server took nothing on; ask again later."""
+
+
+class Refused(EngineError):
+    """The server answered, and does not do it."""
+
+
+class Updating(EngineError):
+    """The server is in the middle of an update of its weights; it will have others soon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +118,7 @@ class Server:
     ) -> None:
         self.url = url.rstrip("/")
         self.alive = True
+        self.updating = False
         self.reason = ""
         self.weight_version = 0
         self.in_flight = 0
@@ -144,11 +163,21 @@ class Server:
         await self.refresh()
 
     async def refresh(self) -> int:
-        """Ask for the version of its weights."""
+        """Ask for the version of its weights.
+
+        Raises:
+            Updating: it is negative, as `SGLangSyncer` leaves it until all weights are there.
+        """
         body = await self.call("GET", "/model_info")
         info = decode(body, ModelInfo, what=f"{self.url}/model_info")
-        self.weight_version = version_number(info.weight_version, url=self.url)
-        return self.weight_version
+        version = version_number(info.weight_version, url=self.url)
+        if version < 0:
+            raise Updating(
+                f"{self.url} has weights of version {version}, so an update is under way, or one "
+                "failed; expected 0 or more; wait for it, or push again"
+            )
+        self.weight_version = version
+        return version
 
     async def generate(self, body: Mapping[str, Any]) -> Answer:
         """One answer."""
@@ -251,7 +280,7 @@ def _refusal(
     if status in (401, 403):
         name = "admin_api_key" if admin else "api_key"
         got = f"refused the {name} it got" if has_key else f"asks for a key, and {name} is None"
-        return EngineError(
+        return Refused(
             f"{url}{path} answered {status}: it {got}; expected {name}= to be what the server was "
             f"started with (--{name.replace('_', '-')})"
         )
@@ -259,4 +288,4 @@ def _refusal(
         if "context length" in text or "allowed length" in text:
             return PromptTooLongError(f"{url} refused the request: {text}")
         return SettingError(f"{url} refused the request: {text}")
-    return EngineError(f"{url}{path} answered {status}: {text}")
+    return Refused(f"{url}{path} answered {status}: {text}")

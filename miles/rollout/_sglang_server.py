@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,8 +29,10 @@ LOG_LINES = 40
 """How much of the log an error shows."""
 POLL_SECONDS = 0.2
 WATCHDOG = """
-import os, signal, sys
-sys.stdin.read()  # ends when the parent does, however that ends
+import os, select, signal, sys
+# The pipe ends when the parent does, however that ends, unless a child that it forked holds it too.
+while os.getppid() == int(sys.argv[2]) and not select.select([0], [], [], 0.5)[0]:
+    pass
 try:
     os.killpg(int(sys.argv[1]), signal.SIGKILL)
 except ProcessLookupError:
@@ -88,9 +91,9 @@ class SGLangServer:
     ) -> None:
         self.port = _free_port(host) if port is None else port
         self.url = f"http://{host}:{self.port}"
-        self.log = Path(tempfile.mkdtemp(prefix="sglang-") if log is None else log)
-        if log is None:
-            self.log /= "server.log"
+        self._own_log = log is None
+        folder = f"sglang-{uuid.uuid4().hex}"
+        self.log = Path(tempfile.gettempdir(), folder, "server.log") if log is None else Path(log)
         key = [] if api_key is None else ["--api-key", api_key]
         self.command = [
             *(["env", *(f"{k}={v}" for k, v in env.items())] if env else []),
@@ -138,14 +141,16 @@ class SGLangServer:
 
         Raises:
             EngineDiedError: it ended before that.
-            EngineError: it did not answer in `start_timeout`; it is ended.
+            EngineError: it did not answer in `start_timeout`, or refused the first request; it is
+                ended.
             SettingError: there is no such interpreter, or the port is taken.
         """
         if self.alive:
             return self
         self._clean_up()
         _check_port_is_free(self.url)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        mode = 0o700 if self._own_log else 0o777
+        self.log.parent.mkdir(mode=mode, parents=True, exist_ok=True)
         try:
             with self.log.open("wb") as file:
                 self._process = subprocess.Popen(
@@ -160,7 +165,8 @@ class SGLangServer:
         try:
             # Its own group, so that neither Ctrl-C nor the end of the server's ends it.
             self._watchdog = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", WATCHDOG, str(self._process.pid)],
+                [sys.executable, "-I", "-S", "-c", WATCHDOG, str(self._process.pid),
+                 str(os.getpid())],
                 stdin=subprocess.PIPE, process_group=0,
             )  # fmt: skip
             if self._on_line is not None:
@@ -233,8 +239,24 @@ class SGLangServer:
                         answer = client.request(method, path, json=content, timeout=left)
                         if answer.status_code == 200:
                             break
+                        self._check_refusal(path, answer)
                         said = f"{answer.status_code} {answer.text[:500]}"
                     time.sleep(POLL_SECONDS)
+
+    def _check_refusal(self, path: str, answer: httpx.Response) -> None:
+        """What it refuses now it will refuse for ever."""
+        status, text = answer.status_code, answer.text[:500]
+        if status in (401, 403):
+            got = "no key" if self._api_key is None else "another key"
+            raise EngineError(
+                f"the server answered {path} with {status}, since it got {got}; expected api_key= "
+                f"to be what it was started with: {text}"
+            )
+        if status == 400 and path == "/generate":
+            raise EngineError(
+                f"the server refused a request for one token: {text}; look at its flags, and at "
+                f"the end of {self.log}:\n{self.last_lines()}"
+            )
 
     def _read(self, process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
         """Hand on lines until the process is gone and all are read."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Literal
 
 from miles.errors import EngineDiedError, EngineError, SettingError
 from miles.rollout._sglang_api import version_number
-from miles.rollout._sglang_http import ConnectionLost, NotReached, PauseMode, Server
+from miles.rollout._sglang_http import ConnectionLost, NotReached, PauseMode, Server, Updating
 from miles.rollout.sample import Sample
 
 __all__ = ["Servers"]
@@ -34,7 +35,10 @@ class Servers:
         self._homes: OrderedDict[int, Server] = OrderedDict()
         self._turn = 0
         self._probed: dict[Server, float] = {}
+        self._looked = 0.0
         self.weight_version = 0
+        self.paused: PauseMode | None = None
+        """What those that get requests were told, or are being told."""
 
     def __iter__(self) -> Iterator[Server]:
         return iter(self._servers)
@@ -44,9 +48,16 @@ class Servers:
         """Whether a seed means something to all of them."""
         return all(server.info.enable_deterministic_inference for server in self._servers)
 
+    @property
+    def updating(self) -> bool:
+        """Whether one gets no requests only until its new weights are there."""
+        return any(server.updating for server in self)
+
     async def connect(self, *, routing: bool) -> None:
         """Find out what is there, all of which must be."""
-        await asyncio.gather(*(s.connect(assume_version=self._assume_version) for s in self))
+        await asyncio.gather(
+            *(self._look(s, s.connect(assume_version=self._assume_version)) for s in self)
+        )
         for server in self:
             if routing and not server.info.enable_return_routed_experts:
                 raise SettingError(
@@ -59,11 +70,14 @@ class Servers:
         """End all connections."""
         await asyncio.gather(*(server.close() for server in self))
 
-    async def pick(self, sample: Sample, paused: PauseMode | None) -> Server | None:
+    async def pick(self, sample: Sample) -> Server | None:
         """The server for this sample: the one that has its prompt, else the next in turn."""
         alive = [server for server in self if server.alive]
         if not alive:
-            await self.recheck(paused)
+            # All that wait for new weights come here again and again: one look serves them.
+            since = asyncio.get_running_loop().time() - self._looked
+            if not self.updating or since > PROBE_SECONDS:
+                await self.recheck()
             alive = [server for server in self if server.alive]
         if len(alive) < 2:
             return alive[0] if alive else None
@@ -89,24 +103,32 @@ class Servers:
                 return server.alive
             try:
                 await server.refresh()
+            except Updating as under_way:
+                self._take_out(server, under_way)
             except EngineError:
-                self._take_out(server, str(error))
+                self._take_out(server, error)
             else:
                 self._probed[server] = now()
-                self._settle()
+                if server.weight_version < self.weight_version:
+                    self._take_out(server, self._behind(server))
+                self.weight_version = max(self.weight_version, server.weight_version)
             return server.alive
 
-    async def recheck(self, paused: PauseMode | None) -> None:
+    async def recheck(self) -> None:
         """Look at those that were taken out."""
+        self._looked = asyncio.get_running_loop().time()
         for server in self:
             if not server.alive:
                 try:
-                    await self.readmit(server.url, paused)
+                    await self.readmit(server.url)
                 except EngineError as error:
-                    server.reason = str(error)
+                    self._take_out(server, error)
 
-    async def readmit(self, url: str, paused: PauseMode | None) -> None:
-        """Send this server requests again, if it has the weights of the others."""
+    async def readmit(self, url: str) -> None:
+        """Send this server requests again, if it has the weights of those that get some.
+
+        Newer ones would make all others old: they are refused, unless there are no others.
+        """
         server = next((s for s in self if s.url == url.rstrip("/")), None)
         if server is None:
             known = ", ".join(s.url for s in self)
@@ -115,22 +137,29 @@ class Servers:
             if server.alive:
                 return
             await server.connect(assume_version=self._assume_version)
-            if server.weight_version < self.weight_version:
-                raise EngineError(self._behind(server))
+            self._check_version(server)
+            # It may have missed a pause, or have been paused when it was last heard; and another
+            # pause or its end may come while it is told.
+            told: PauseMode | Literal["nothing"] | None = "nothing"
+            while told != self.paused:
+                told = self.paused
+                await (server.resume() if told is None else server.pause(told))
+            self._check_version(server)
             self.weight_version = server.weight_version
-            # It may have missed a pause, or have been paused when it was last heard.
-            await (server.resume() if paused is None else server.pause(paused))
-            server.alive, server.reason = True, ""
+            server.alive, server.updating, server.reason = True, False, ""
 
-    async def refresh(self, paused: PauseMode | None) -> int:
+    async def refresh(self) -> int:
         """Ask all for their weight version, and take back those that have the newest."""
-        await self.everywhere(lambda server: server.refresh())
+        await self.everywhere(lambda server: self._look(server, server.refresh()))
         self._settle()
-        await self.recheck(paused)
+        await self.recheck()
         return self.weight_version
 
     async def everywhere(self, act: Callable[[Server], Awaitable[object]]) -> None:
-        """Do something wherever requests are or may go; a server that is gone is no failure."""
+        """Do something wherever requests are or may go; a server that is gone is no failure.
+
+        An error is raised when all have answered, so that nothing is still on its way then.
+        """
 
         async def one(server: Server) -> None:
             try:
@@ -139,7 +168,10 @@ class Servers:
                 if await self.suspect(server, error):
                     await act(server)
 
-        await asyncio.gather(*(one(s) for s in self if s.alive or s.in_flight))
+        servers = [s for s in self if s.alive or s.in_flight]
+        for outcome in await asyncio.gather(*map(one, servers), return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     def heard(self, server: Server, text: str | int | None) -> None:
         """An answer tells of new weights; an old answer may arrive late and tells nothing."""
@@ -155,6 +187,13 @@ class Servers:
             "no sample was changed"
         )
 
+    async def _look(self, server: Server, look: Awaitable[object]) -> None:
+        """A server whose weights are being updated is waited for."""
+        try:
+            await look
+        except Updating as error:
+            self._take_out(server, error)
+
     def _settle(self) -> None:
         """Versions only grow; a server that is behind waits until it has the newest."""
         versions = [server.weight_version for server in self if server.alive]
@@ -163,15 +202,26 @@ class Servers:
             if server.alive and server.weight_version < self.weight_version:
                 self._take_out(server, self._behind(server))
 
-    def _behind(self, server: Server) -> str:
-        return (
+    def _check_version(self, server: Server) -> None:
+        if server.weight_version < self.weight_version:
+            raise self._behind(server)
+        if server.weight_version > self.weight_version and any(s.alive for s in self):
+            raise EngineError(
+                f"{server.url} has weights of version {server.weight_version}; expected "
+                f"{self.weight_version}, as the servers that get requests; push the newer ones to "
+                "those, and call refresh()"
+            )
+
+    def _behind(self, server: Server) -> EngineError:
+        return EngineError(
             f"{server.url} has weights of version {server.weight_version}; expected "
             f"{self.weight_version}; push them to it"
         )
 
     @staticmethod
-    def _take_out(server: Server, reason: str) -> None:
-        server.alive, server.reason = False, reason
+    def _take_out(server: Server, error: EngineError) -> None:
+        server.alive, server.reason = False, str(error)
+        server.updating = isinstance(error, Updating)
 
 
 def _prefixes(prompt: list[int]) -> list[int]:

@@ -44,7 +44,8 @@ class SGLangEngine:
 
     With several servers the requests of one prompt go to one server, whose cache has it, and
     prompts take turns. A server that is gone gets no request until it answers again and has the
-    version that the others have.
+    version that the others have; if there are no others, a newer one will do. Of a server whose
+    version is negative, as while `SGLangSyncer` pushes, the new weights are waited for.
 
     Args:
         urls: addresses like `http://host:30000`. All must answer when the engine is made.
@@ -124,6 +125,8 @@ class SGLangEngine:
         self._calls = Calls(self._servers, how)
         self._ids = itertools.count()
         self._closed = self._warned_of_seed = False
+        self._starting = threading.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="SGLangEngine", daemon=True)
         self._thread.start()
@@ -184,8 +187,6 @@ class SGLangEngine:
                 f"the sample to resume has {sample.num_generated_tokens} generated tokens and "
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
-        if self._closed:
-            raise EngineError("the engine is closed; make a new one")
         seed = seed_of(sample, params)
         if seed is not None and not self._warned_of_seed and not self._servers.deterministic:
             self._warned_of_seed = True
@@ -224,35 +225,47 @@ class SGLangEngine:
         """Ask every server for the version of its weights; call it after new ones were pushed.
 
         Returns:
-            The newest, which is `weight_version` from now on. Servers that have another get no
-            request until `readmit`, or until they are seen to have it.
+            The newest among servers that get requests, which is `weight_version` from now on. Those
+            that have another get no request until they are seen to have it.
         """
-        return await asyncio.wrap_future(self._start(self._servers.refresh(self._calls.paused)))
+        return await asyncio.wrap_future(self._start(self._servers.refresh()))
 
     async def readmit(self, url: str) -> None:
         """Look at a server that was taken out, and send it requests again.
 
         Raises:
             EngineDiedError: it does not answer.
-            EngineError: it answers, and has other weights than the rest.
+            EngineError: it answers, and has other weights than those that get requests, or older
+                ones than the engine has seen.
             SettingError: no server of this engine.
         """
-        await asyncio.wrap_future(self._start(self._servers.readmit(url, self._calls.paused)))
+        await asyncio.wrap_future(self._start(self._servers.readmit(url)))
 
     def close(self) -> None:
-        """Abort everything of this engine and end its connections; servers keep running."""
-        if self._closed:
+        """Abort everything of this engine and end its connections; servers keep running.
+
+        Requests return what there is; every other call that still waits raises `EngineError`.
+        """
+        with self._starting:
+            if self._closed:
+                return
+            self._closed = True
+        done = asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
+        if self._thread is threading.current_thread():  # a callback of one of the futures
+            done.add_done_callback(lambda _: self._loop.stop())
             return
-        self._closed = True
         with contextlib.suppress(Exception):
-            self._start(self._shut_down()).result(2 * CLOSE_SECONDS)
+            done.result(2 * CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-            self._loop.close()
+        self._thread.join()
+        self._loop.close()
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._starting:  # what starts before `close` is ended by it
+            if self._closed:
+                work.close()
+                raise EngineError("the engine is closed; make a new one")
+            return asyncio.run_coroutine_threadsafe(self._unless_closed(work), self._loop)
 
     # Everything below runs in the engine's thread.
 
@@ -267,10 +280,28 @@ class SGLangEngine:
     async def _watch(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            await self._servers.recheck(self._calls.paused)
+            await self._servers.recheck()
+
+    async def _unless_closed(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._closed:
+                raise EngineError("the engine was closed before this was done") from None
+            raise
+        finally:
+            self._tasks.discard(task)
 
     async def _shut_down(self) -> None:
         await self._calls.close(CLOSE_SECONDS)
+        if tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        await self._calls.end_beside()
         await self._servers.close()
 
 

@@ -15,7 +15,7 @@ from miles.errors import SyncError
 from miles.protocols import WeightTarget
 from miles.sync._checksum import checksum
 from miles.sync._plan import check_version, match
-from miles.sync._steps import Manifest, Steps
+from miles.sync._steps import Manifest, Steps, UnreadableError
 from miles.sync.delta import Delta, apply_delta
 
 __all__ = ["DiskReceiver"]
@@ -42,6 +42,9 @@ class DiskReceiver:
         self._loaded: Manifest | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self.error: Exception | None = None
+        """Why `serve()` did not load what it last tried to; None when it did."""
 
     def start(self) -> None:
         """`serve()` in a thread."""
@@ -49,17 +52,30 @@ class DiskReceiver:
         self._thread.start()
 
     def serve(self) -> None:
-        """Look until `close()`; a version that is damaged is warned of once, and left out."""
-        warned = -1
+        """Look until `close()`.
+
+        A damaged version is warned of once, and left out. After any other failure, of the file
+        system or of the engine, the same version is tried again, after pauses that grow to a
+        minute.
+        """
+        damaged, pause = -1, self._poll_seconds
         while not self._closed.is_set():
-            newest = self._steps.versions()[-1:]
+            newest = -1
             try:
-                if newest and newest[0] != warned:
-                    self._receive(newest[0])
-            except Exception as error:  # whatever it was, there will be other versions
-                warned = newest[0]
-                warnings.warn(str(error), stacklevel=1)
-            self._closed.wait(self._poll_seconds)
+                newest = max(self._steps.versions(), default=-1)
+                if newest not in (-1, damaged):
+                    self._receive(newest)
+                    self.error = None
+                pause = self._poll_seconds
+            except Exception as error:  # there is nobody above to see it
+                if isinstance(error, SyncError) and not isinstance(error, UnreadableError):
+                    damaged, pause = newest, self._poll_seconds
+                else:
+                    pause = max(self._poll_seconds, min(2 * pause, 60.0))
+                if str(error) != str(self.error):
+                    warnings.warn(str(error), stacklevel=1)
+                self.error = error
+            self._closed.wait(pause)
 
     def close(self) -> None:
         """Look no more; what was committed stays."""
@@ -78,6 +94,10 @@ class DiskReceiver:
         return self._receive(versions[-1]) if versions else self._target.weight_version
 
     def _receive(self, version: int) -> int:
+        with self._lock:  # of the thread and of `receive_once`
+            return self._load(version)
+
+    def _load(self, version: int) -> int:
         served = self._target.weight_version
         try:
             if not check_version(version, served):
@@ -93,7 +113,8 @@ class DiskReceiver:
             if now != served:
                 raise SyncError(f"the engine went to version {now} meanwhile; expected one trainer")
         except SyncError as error:
-            raise SyncError(
+            kind = UnreadableError if isinstance(error, UnreadableError) else SyncError
+            raise kind(
                 f"version {version} was not taken, {served} is still served: {error}"
             ) from error
         self._target.commit_weights(wanted, version=version)
@@ -140,7 +161,7 @@ class DiskReceiver:
                 where = f"{name} of version {manifest.version} ({file or 'unchanged'})"
                 entry = manifest.tensors[name]
                 try:
-                    if manifest.base is None:
+                    if "delta" not in entry:  # of a full version, or tied until this one
                         found[name] = _checked(data[name], entry)
                     else:
                         payload = data[name].numpy().tobytes() if file else b""

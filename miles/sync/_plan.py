@@ -36,12 +36,14 @@ def pair(
 ) -> Iterator[tuple[str, Tensor]]:
     """Pass through the tensors the target expects; raise for one that is missing or misshapen.
 
-    A name beyond those is let through only where its storage came under an expected name too (tied
-    weights).
+    A name beyond those is left out where it is another name of the same elements (tied weights). A
+    list or the items of a dict tell: all is there at once. A generator may write to its memory
+    again, so there it is unknown.
     """
     left = dict(expected)
-    taken: set[_Memory] = set()
-    extra: dict[str, _Memory] = {}
+    at_once = isinstance(weights, (list, tuple, type({}.items())))
+    taken: set[_Elements] = set()
+    extra: dict[str, _Elements] = {}
     for name, tensor in weights:
         if name in left:
             shape, _ = left.pop(name)
@@ -49,25 +51,32 @@ def pair(
                 raise SyncError(
                     f"{name} has shape {tuple(tensor.shape)}; the engine expects {shape}"
                 )
-            taken.add(memory_of(tensor))
+            taken.add(_elements(tensor))
             yield name, tensor.detach()
         else:
-            extra[name] = memory_of(tensor)
-    unknown = [name for name, memory in extra.items() if memory not in taken]
+            extra[name] = _elements(tensor)
+    unknown = [name for name, where in extra.items() if not at_once or where not in taken]
     if left or unknown:
         raise SyncError(
             f"missing tensors {sorted(left)[:8]}, unknown tensors {unknown[:8]}; expected the "
-            f"engine's {len(expected)} names, each once"
+            f"engine's {len(expected)} names, each once (of tied tensors one name, or all of them "
+            "in a list or a dict's items)"
         )
 
 
 _Memory = tuple[StorageWeakRef, int]
+_Elements = tuple[_Memory, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def memory_of(tensor: Tensor) -> _Memory:
     """Where a tensor lies; a weak reference, since an address alone is used again after a free."""
     shard = getattr(tensor, "_local_tensor", tensor)  # a DTensor has no storage
     return StorageWeakRef(shard.untyped_storage()), int(shard.storage_offset())
+
+
+def _elements(tensor: Tensor) -> _Elements:
+    """Which elements a tensor is made of, and how."""
+    return memory_of(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 
 def layout(

@@ -10,14 +10,13 @@ step_12/            complete: renamed when everything is on the disk
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,17 @@ import torch
 from torch import Tensor
 
 from miles.errors import SyncError
+from miles.sync._manifest import FILE, FORMAT, Manifest, parse
 
-__all__ = ["Manifest", "Steps", "Writer"]
+__all__ = ["Manifest", "Steps", "UnreadableError", "Writer"]
 
-_NAME = re.compile(r"step_(\d+)")
-_FORMAT = 1
+_NAME = re.compile(r"step_([1-9]\d*)")
+_LEFT = re.compile(r"step_[1-9]\d*\.(partial|deleted)")
+_INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a version holds."""
-
-    version: int
-    base: int | None
-    """The version that this one is a delta of; None for a full one."""
-    base_digest: str
-    """That version's digest."""
-    files: dict[str, int]
-    """Sizes."""
-    tensors: dict[str, dict[str, Any]]
-    """By name: shape, dtype, checksum, file; of a delta, its header too."""
-    aliases: dict[str, str]
-    """Further names of tied tensors."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of names, shapes, dtypes and checksums."""
-        rows = [[n, t["shape"], t["dtype"], t["checksum"]] for n, t in self.tensors.items()]
-        return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+class UnreadableError(SyncError):
+    """The file system failed; nothing is known of what the file holds."""
 
 
 class Steps:
@@ -78,19 +60,15 @@ class Steps:
         """
         path = self.path(version) / "manifest.json"
         try:
-            read = json.loads(path.read_bytes())
-            if read.pop("format") != _FORMAT or read["version"] != version:
-                raise ValueError(f"version {read['version']}, format other than {_FORMAT}, or both")
-            manifest = Manifest(**read)
-            if not all(isinstance(read[key], dict) for key in ("files", "tensors", "aliases")):
-                raise ValueError("files, tensors and aliases are not all objects")
-            for tensor in manifest.tensors.values():
-                tensor["shape"], tensor["dtype"], tensor["checksum"], tensor["file"]
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ValueError("no regular file")
+            return parse(json.loads(path.read_bytes()), version)
         except FileNotFoundError as error:
             raise SyncError(f"version {version} is not in {self.folder}: no {path.name}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise UnreadableError(f"cannot read {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise SyncError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        return manifest
 
     def read(self, manifest: Manifest, file: str) -> dict[str, Tensor]:
         """The tensors of one file, checked for size.
@@ -102,23 +80,35 @@ class Steps:
         from safetensors.torch import load
 
         path = self.path(manifest.version) / file
+        size = manifest.files.get(file)
         try:
-            data = path.read_bytes()
-        except OSError as error:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise SyncError(f"{path} is no regular file")
+            data = path.read_bytes() if found.st_size == size else b""
+        except FileNotFoundError as error:
             raise SyncError(f"cannot read {path}: {error}") from error
-        if len(data) != manifest.files.get(file):
-            raise SyncError(
-                f"{path} has {len(data)} bytes; the manifest says {manifest.files.get(file)}"
-            )
+        except OSError as error:
+            raise UnreadableError(f"cannot read {path}: {error}") from error
+        if found.st_size != size or len(data) != size:
+            raise SyncError(f"{path} has {found.st_size} bytes; the manifest says {size}")
         try:
             return load(data)
         except (SafetensorError, KeyError, ValueError) as error:
             raise SyncError(f"{path} is damaged: {error}") from error
 
     def clean(self) -> None:
-        """Remove what a killed writer left."""
-        for path in [*self.folder.glob("step_*.partial"), *self.folder.glob("step_*.deleted")]:
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove what a killed writer left.
+
+        Raises:
+            SyncError: something in the folder is named like ours and isn't.
+        """
+        for path in sorted(self.folder.glob("step_*")):
+            if _LEFT.fullmatch(path.name) or _NAME.fullmatch(path.name):
+                if not is_ours(path):
+                    raise SyncError(_foreign(path))
+                if _LEFT.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest versions and those they are deltas of."""
@@ -133,12 +123,31 @@ class Steps:
                 except SyncError:  # of a damaged one nothing is known; readers will say so
                     base = None
         for version in set(versions) - needed:
+            if not is_ours(self.path(version)):
+                continue
             gone = self.path(version).with_suffix(".deleted")  # never half of it under its name
             try:
                 self.path(version).rename(gone)
                 shutil.rmtree(gone)
             except OSError as error:
                 warnings.warn(f"an old version stays on the disk: {error}", stacklevel=1)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder holds what a `Writer` makes and nothing else: what we may remove."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = os.listdir(path)
+    if not all(FILE.fullmatch(name) or name in (_INDEX, "manifest.json") for name in names):
+        return False
+    return _LEFT.fullmatch(path.name) is not None or "manifest.json" in names
+
+
+def _foreign(path: Path) -> str:
+    return (
+        f"{path} is there and no version that a DiskSyncer wrote; expected a folder of versions "
+        "alone, since old ones are removed; take another folder, or move it away"
+    )
 
 
 class Writer:
@@ -156,6 +165,9 @@ class Writer:
         self._held: dict[str, Tensor] = {}
         self.files: dict[str, int] = {}
         self.tensors: dict[str, dict[str, Any]] = {}
+        self.aliases: dict[str, str] = {}
+        if self._path.exists() and not is_ours(self._path):
+            raise SyncError(_foreign(self._path))
         shutil.rmtree(self._path, ignore_errors=True)
         self._path.mkdir(parents=True)
 
@@ -187,8 +199,8 @@ class Writer:
                 "metadata": {"total_size": size},
                 "weight_map": {name: t["file"] for name, t in self.tensors.items()},
             }
-            write_json(self._path / "model.safetensors.index.json", index)
-        write_json(self._path / "manifest.json", {"format": _FORMAT, **vars(manifest)})
+            write_json(self._path / _INDEX, index)
+        write_json(self._path / "manifest.json", {"format": FORMAT, **vars(manifest)})
         sync_folder(self._path)
         self._path.rename(self._steps.path(self._version))
         sync_folder(self._steps.folder)

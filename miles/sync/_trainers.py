@@ -31,8 +31,8 @@ class Trainers:
         """What `act` returns on rank 0, which JSON can hold, on every rank; all of them call it.
 
         Raises:
-            SyncError: it raised on rank 0.
-            Exception: what it raised on this rank, once the others know.
+            SyncError: it raised on rank 0, or another rank failed and the group timed out.
+            Exception: what it raised on this rank.
         """
         result: Any = None
         failure: BaseException | None = None
@@ -42,8 +42,15 @@ class Trainers:
             failure = error
             result = {"error": f"{type(error).__name__}: {error}"}
         if self._group is not None:
-            result = self._share(result, self._group)
+            try:
+                result = self._share(result, self._group)
+            except RuntimeError as error:
+                failure = failure or error
+                if failure is error or _is_of_the_wire(failure):
+                    raise _lost(failure) from failure
         if failure is not None:
+            if self._group is not None and _is_of_the_wire(failure):
+                raise _lost(failure) from failure
             raise failure
         if "error" in result:
             raise SyncError(f"rank 0 of the trainers failed: {result['error']}")
@@ -61,6 +68,22 @@ class Trainers:
             data = torch.empty(int(length), dtype=torch.uint8, device=device)
         _broadcast(data, group)
         return json.loads(data.cpu().numpy().tobytes())
+
+
+def _is_of_the_wire(error: BaseException) -> bool:
+    """Whether a collective failed; gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and "gloo" in str(error)
+    )
+
+
+def _lost(error: BaseException) -> SyncError:
+    """What a rank raises that waited for another in vain."""
+    return SyncError(
+        "another rank of the trainers failed, or the group timed out; expected all of them to hand "
+        f"out the same names ({type(error).__name__}: {error}); see the error of that rank, make "
+        "new process groups and push again"
+    )
 
 
 def _broadcast(tensor: Tensor, group: dist.ProcessGroup) -> None:

@@ -44,7 +44,8 @@ class CollectiveSyncer:
     """The trainer's side.
 
     Every rank of a sharded trainer makes one and pushes; rank 0 sends, the others take part in
-    gathering one tensor at a time, and all of them return or raise together:
+    gathering one tensor at a time. What fails on rank 0 raises on all of them; what fails on
+    another raises there, and as a `SyncError` on the rest, when `trainers` times out:
 
         pair = dist.new_group([0, 2], backend="cpu:gloo,cuda:nccl")  # trainer rank 0 and the engine
         trainers = dist.new_group([0, 1])
@@ -260,13 +261,15 @@ class CollectiveReceiver:
         start = time.perf_counter()
         try:
             if served != version:
-                self._target.commit_weights(tensors, version=version, alias=alias)
                 if alias:
                     self._buffers.reverse()
+                self._target.commit_weights(tensors, version=version, alias=alias)
             self._link.send(0, {"seconds": time.perf_counter() - start})
         except PeerLostError:
             raise
         except Exception as error:  # as above
+            # Either buffer may be served in part now: neither is written again.
+            self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
             self._link.send(0, {"error": f"{type(error).__name__}: {error}"})
             raise SyncError(f"version {version} was not committed: {error}") from error
 

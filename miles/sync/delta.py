@@ -72,6 +72,9 @@ class Delta:
         try:
             dtype = getattr(torch, str(header["dtype"]).removeprefix("torch."))
             fields = {key: header[key] for key in ("encoding", "num_changed", "base", "result")}
+            numbers = (fields[key] for key in ("num_changed", "base", "result"))
+            if not isinstance(fields["encoding"], str) or any(type(n) is not int for n in numbers):
+                raise TypeError("a field of another type")
             return cls(shape=tuple(header["shape"]), dtype=dtype, payload=payload, **fields)
         except (KeyError, AttributeError, TypeError) as error:
             raise SyncError(f"the header of a delta is damaged: {error!r}") from error
@@ -253,8 +256,10 @@ def _read(delta: Delta, bits_N: Tensor) -> tuple[Tensor | None, Tensor]:
     dense = delta.encoding == "dense"
     count = total if dense else delta.num_changed
     width = {f"index{width}": width for width in _GAPS}.get(delta.encoding, 0)
-    if not 0 <= count <= total or not (dense or width or delta.encoding == "bitmap"):
-        raise SyncError(f"the delta is damaged: {delta.encoding} with {count} of {total} elements")
+    if not 1 <= delta.num_changed <= total or not (dense or width or delta.encoding == "bitmap"):
+        raise SyncError(
+            f"the delta is damaged: {delta.encoding} with {delta.num_changed} of {total} elements"
+        )
     head = 0 if dense else count * width or -(-total // 8)
     data = np.frombuffer(decompress(delta.payload, head + count * size), dtype=np.uint8)
     planes = torch.from_numpy(data[head:].reshape(size, count).T.copy())
@@ -262,9 +267,12 @@ def _read(delta: Delta, bits_N: Tensor) -> tuple[Tensor | None, Tensor]:
     if dense:
         return None, values_K
     if width:
-        places = np.cumsum(data[:head].view(_GAPS[width]), dtype=np.int64)
+        gaps_K = data[:head].view(_GAPS[width])
+        if gaps_K.max() >= total or not gaps_K[1:].all():
+            raise SyncError("the delta is damaged: gaps between places that cannot be")
+        places = np.cumsum(gaps_K, dtype=np.int64)
     else:
         places = np.unpackbits(data[:head], count=total).nonzero()[0]
-    if len(places) != count or places[0] < 0 or places[-1] >= total:
+    if len(places) != count or places.min() < 0 or places.max() >= total:
         raise SyncError("the delta is damaged: places outside the tensor")
     return torch.from_numpy(places), values_K

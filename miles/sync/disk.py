@@ -49,7 +49,7 @@ class DiskSyncer:
 
     Raises:
         SettingError: numbers out of range.
-        SyncError: another trainer writes to this folder.
+        SyncError: another trainer writes to this folder, or someone else's `step_*` lie in it.
 
     Example:
         >>> import tempfile
@@ -93,7 +93,6 @@ class DiskSyncer:
         self._shard_bytes, self._level, self._progress = shard_bytes, level, progress
         self._trainers = Trainers(trainers)
         self._specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._aliases: dict[str, str] = {}
         self._maybe_tied: dict[str, str] = {}
         self._last: dict[str, Tensor] = {}
         self._published: Manifest | None = None
@@ -107,6 +106,7 @@ class DiskSyncer:
         """See `WeightSyncer.push`; every rank of the trainer calls it with the same names.
 
         Raises:
+            SettingError: `version` is not an integer of 1 or more.
             SyncError: the disk is full, cannot be written to, or holds a newer version; a tensor
                 is missing, unknown or misshapen. What was written of the version is removed.
         """
@@ -148,35 +148,46 @@ class DiskSyncer:
                 f"another trainer writes to {self._steps.folder} ({error}); expected one; end it, "
                 "or take another folder"
             ) from error
+        try:
+            self._steps.clean()
+        except BaseException:
+            lock.close()
+            raise
         self._lock = lock
-        self._steps.clean()
 
     def _is_new(self, version: int) -> bool:
         if self._trainers.rank != 0:
             return False  # rank 0 decides
         if self._lock is None:
             raise SyncError("this syncer is closed; make a new one")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise SettingError(
+                f"version is {version!r}; expected an integer of 1 or more, since engines start "
+                "at 0 and folders are named after it"
+            )
         versions = self._steps.versions()
         return check_version(version, versions[-1]) if versions else True
 
     def _expected(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the last push; of the first, all but further names of tied ones."""
-        if self._specs:
-            yield from gathered(weights, self._specs)
-            return
+        """The tensors of the first push, whole; each push notes which names may be tied."""
         seen: dict[Any, str] = {}
         self._maybe_tied = {}
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                first = seen.setdefault((memory_of(tensor), tuple(tensor.shape)), name)
+                if first != name:  # tied, or memory that the trainer writes to again
+                    self._maybe_tied[name] = first
+                yield name, tensor
+
+        if self._specs:
+            yield from gathered(noted(), self._specs)
+            return
         specs = {}
-        for name, tensor in weights:
-            first = seen.setdefault((memory_of(tensor), tuple(tensor.shape)), name)
-            if first != name and hasattr(tensor, "full_tensor"):
-                self._aliases[name] = first
-                continue
-            if first != name:  # or memory that the trainer writes to again
-                self._maybe_tied[name] = first
+        for name, tensor in noted():
             specs[name] = (tuple(tensor.shape), tensor.dtype)
             yield name, whole(tensor.detach())
-        self._specs = {name: spec for name, spec in specs.items() if name not in self._aliases}
+        self._specs = specs
 
     def _write(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         base = self._published if self._last else None
@@ -191,6 +202,7 @@ class DiskSyncer:
             writer = Writer(self._steps, version, self._shard_bytes)
             size = sum(torch.Size(s).numel() * d.itemsize for s, d in self._specs.values())
             with bar(self._progress, size, version) as moved:
+                kept = kept if base else {}
                 num_bytes, report = self._add_all(writer, tensors, base, kept, moved)
             written = time.perf_counter()
             manifest = Manifest(
@@ -199,7 +211,7 @@ class DiskSyncer:
                 base_digest=base.digest if base else "",
                 files=writer.files,
                 tensors=writer.tensors,
-                aliases=self._aliases,
+                aliases=writer.aliases,
             )
             copied = writer.publish(manifest)
         except BaseException as error:
@@ -239,12 +251,12 @@ class DiskSyncer:
             dtype = self._specs[name][1] if self._specs else tensor.dtype
             new = tensor.detach().to("cpu", dtype).contiguous()
             entry: dict[str, Any] = {"shape": list(new.shape), "dtype": str(new.dtype)}
-            num_bytes += new.nbytes
-            if base is None:
+            if base is None or name not in kept:
                 entry["checksum"] = checksum(new)
-                first = self._maybe_tied.get(name)
-                if first and writer.tensors[first]["checksum"] == entry["checksum"]:
-                    self._aliases[name] = first
+                first = self._maybe_tied.get(name, "")
+                owner = writer.tensors.get(first, {})
+                if all(owner.get(key) == value for key, value in entry.items()):
+                    writer.aliases[name] = first  # of this version; the next one looks again
                     continue
                 new = new.clone() if new.data_ptr() == tensor.data_ptr() else new
                 writer.add(name, new, entry)
@@ -259,5 +271,6 @@ class DiskSyncer:
                 writer.add(name, packed, entry)
                 if delta.num_changed:
                     kept[name].copy_(new)
+            num_bytes += new.nbytes
             moved(new.nbytes)
         return num_bytes, DeltaReport.of(deltas) if base else None

@@ -7,6 +7,7 @@ as it should: log-probs of fixed prompts do.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def probe(
             raise SettingError(
                 "an engine is probed by sampling; expected params=SamplingParams(...)"
             )
+        refresh = getattr(engine, "refresh", None)  # of engines that remember what they serve
+        if version is not None and inspect.iscoroutinefunction(refresh):
+            asyncio.run(refresh())
         _check_version(engine, version)
         samples = asyncio.run(_generate(engine, sequences, params))
         _check_version(engine, version)
@@ -138,7 +142,7 @@ def model_logprobs(model: nn.Module, *, temperature: float = 1.0) -> Scorer:
 
     Args:
         model: returns `.logits` of `[1, L, V]`; it is called in the mode that it is in.
-        temperature: what the engine samples at.
+        temperature: what the engine samples at; at 0 engines report the log-probs of 1.
 
     Returns:
         A function for `probe`; it takes one sequence at a time.
@@ -150,7 +154,7 @@ def model_logprobs(model: nn.Module, *, temperature: float = 1.0) -> Scorer:
         scored = []
         for tokens in sequences:
             ids_1L = torch.tensor([tokens], device=device)
-            logits_LV = model(ids_1L).logits[0, :-1].float() / temperature
+            logits_LV = model(ids_1L).logits[0, :-1].float() / (temperature or 1.0)
             logprobs_LV = logits_LV.log_softmax(-1)
             picked_L = logprobs_LV.gather(1, ids_1L[0, 1:, None])[:, 0]
             scored.append(torch.cat([picked_L.new_full((1,), math.nan), picked_L]))

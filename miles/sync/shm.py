@@ -49,6 +49,14 @@ class SharedMemorySyncer(Sender):
 
     receiver = "SharedMemoryReceiver"
 
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
+        """See `Sender.push`."""
+        try:
+            return super().push(weights, version=version)
+        except _RefusedError:
+            self.close()  # new buffers next time: of this one the engine may have kept a part
+            raise
+
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
         return _Session(connection, hello)
 
@@ -103,6 +111,10 @@ class SharedMemoryReceiver(Listener):
             _send(connection, reply)
 
 
+class _RefusedError(SyncError):
+    """The receiver did not commit."""
+
+
 class _Session:
     """One connection and its two buffers."""
 
@@ -129,7 +141,7 @@ class _Session:
             _send(self._socket, {"version": version, "buffer": self._next, "checksums": checksums})
             reply, _ = answer(self._socket)
             if "error" in reply:
-                raise SyncError(
+                raise _RefusedError(
                     f"version {version} was not taken, {self._version} is still served: "
                     f"{reply['error']}"
                 )

@@ -649,6 +649,7 @@ def main() -> None:
     parser.add_argument("--admin-api-key")
     parser.add_argument("--version", default="0.5.17")
     parser.add_argument("--weight-version", default="default")
+    parser.add_argument("--context-length", type=int, default=4096)
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--start-seconds", type=float, default=0.0)
     parser.add_argument("--die-after", type=float)
@@ -671,6 +672,7 @@ def main() -> None:
     fake = FakeSGLang(
         given.version, port=given.port, weight_version=given.weight_version,
         api_key=given.api_key, admin_api_key=given.admin_api_key, step_seconds=given.step_seconds,
+        context_length=given.context_length,
     ).start()  # fmt: skip
     if not given.stubborn:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

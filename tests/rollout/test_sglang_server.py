@@ -121,6 +121,40 @@ time.sleep(60)
     assert gone(pid)
 
 
+def test_it_ends_with_its_owner_even_if_a_forked_child_of_that_lives_on():
+    code = f"""
+import os, signal, time
+from miles.rollout import SGLangServer
+started = SGLangServer("m", module="{FAKE}", start_timeout=40).start()
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(started.pid, child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    pid, child = map(int, owner.stdout.readline().split())
+    try:
+        owner.wait()
+        assert gone(pid) and runs(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        owner.communicate()
+
+
+def test_what_is_refused_for_ever_is_not_asked_until_the_end():
+    wrong = server("--api-key", "k", start_timeout=600.0)
+    assert not wrong.log.parent.exists()  # nothing is made before it is started
+    with pytest.raises(EngineError, match=r"/server_info with 401.*no key; expected api_key="):
+        wrong.start()
+    assert gone(wrong.pid)
+    full = server("--context-length", "1", start_timeout=600.0)
+    with pytest.raises(EngineError, match="refused a request for one token"):
+        full.start()
+    assert gone(full.pid)
+
+
 def test_environment_key_and_port():
     given = server(env={"A": "1", "PYTHONPATH": "x:y"}, python="/py", port=31999, api_key="k")
     assert given.command[:6] == ["env", "A=1", "PYTHONPATH=x:y", "/py", "-m", FAKE]

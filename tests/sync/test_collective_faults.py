@@ -138,3 +138,47 @@ def test_a_sender_that_talks_nonsense_does_no_harm(tmp_path, body):
     matches(text, "SyncError|PeerLostError")
     matches(text, "nonsense")
     assert version == 0
+
+
+class HalfCommits(Target):
+    """Takes one tensor and fails, whenever it is told to."""
+
+    fails = False
+
+    def commit_weights(self, tensors, *, version, alias=False):
+        if self.fails:
+            self.live = dict(self.live) | {"weight": tensors["weight"]}
+            raise RuntimeError("no memory")
+        super().commit_weights(tensors, version=version, alias=alias)
+
+
+def breaking(version):
+    yield "weight", random_tensors(version)["weight"]
+    raise ZeroDivisionError
+
+
+def committing_halfway():
+    if dist.get_rank() == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer.push(weights(1), version=1)
+        attempt(lambda: syncer.push(weights(2), version=2))
+        for version in (3, 4):
+            attempt(lambda version=version: syncer.push(breaking(version), version=version))
+        return attempt(lambda: syncer.push(weights(5), version=5))
+    target = HalfCommits()
+    receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=TIMEOUT)
+    receiver.receive_once()
+    target.fails = True
+    attempt(receiver.receive_once)
+    before = {name: tensor.clone() for name, tensor in target.live.items()}
+    for _ in range(2):
+        attempt(receiver.receive_once)
+    kept = same(target.live, before)
+    target.fails = False
+    receiver.receive_once()
+    return kept, target.weight_version, same(target.live, random_tensors(5))
+
+
+def test_what_a_failed_commit_left_in_service_is_not_written_to(tmp_path):
+    _, received = launch(committing_halfway, 2, tmp_path)
+    assert received == (True, 5, True)

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from miles.errors import MissingExtraError, SyncError
 from miles.sync import DeltaReport, apply_delta, encode_delta, measure_delta
+from miles.sync._zstd import compress
 from miles.sync.delta import Delta
 
 DTYPES = [
@@ -162,6 +164,12 @@ def test_a_damaged_payload_never_gives_a_wrong_tensor(place, bit, every):
         {"num_changed": 5},
         {"num_changed": 4000},
         {"encoding": "nonsense"},
+        {"encoding": ["index1"]},
+        {"encoding": "bitmap", "num_changed": 0},
+        {"encoding": "index1", "num_changed": 0},
+        {"encoding": "dense", "num_changed": 0},
+        {"num_changed": True},
+        {"num_changed": "5"},
     ],
 )
 def test_a_damaged_header_is_refused(change):
@@ -171,6 +179,19 @@ def test_a_damaged_header_is_refused(change):
     delta = encode_delta(old, new)
     with pytest.raises(SyncError):
         apply_delta(old, Delta.read(delta.header() | change, delta.payload))
+
+
+@pytest.mark.parametrize(
+    "gaps", [[3, 2**40, 2**64 - 2**40], [3, 0, 5], [2999, 1, 1], [3000, 1, 1], [2**63, 2**63, 1]]
+)
+def test_gaps_that_cannot_be_are_refused(gaps):
+    old = torch.zeros(3000, dtype=torch.bfloat16)
+    new = old.clone()
+    new[[3, 7, 900]] = 1
+    delta = encode_delta(old, new)
+    payload = compress(np.array(gaps, dtype=np.uint64).tobytes() + bytes(6), 3)
+    with pytest.raises(SyncError, match="the delta is damaged: "):
+        apply_delta(old, Delta.read(delta.header() | {"encoding": "index8"}, payload))
 
 
 def test_a_report_counts_elements_and_bytes():

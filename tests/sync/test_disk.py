@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -355,3 +356,26 @@ def test_a_sharded_trainer_writes_whole_tensors_and_fails_together(tmp_path):
     target = Target(live)
     assert DiskReceiver(target, folder).receive_once() == 2
     assert same(target.live, {n: p.detach() for n, p in wanted.named_parameters()})
+
+
+def failing_on_rank_1(folder):
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    syncer = DiskSyncer(folder, trainers=group)
+
+    def stream():
+        if dist.get_rank() == 1:
+            raise MemoryError("rank 1 only")
+        yield "w", torch.ones(4)
+        dist.all_reduce(torch.ones(1), group=group)  # as a gather does
+        yield "v", torch.ones(4)
+
+    try:
+        syncer.push(stream(), version=1)
+    except Exception as error:
+        return type(error).__name__, str(error), type(error.__cause__).__name__
+
+
+def test_a_fault_of_another_rank_is_said_to_be_one(tmp_path):
+    first, second = launch(failing_on_rank_1, 2, tmp_path, str(tmp_path / "weights"))
+    assert first[0] == "SyncError" and "another rank of the trainers failed" in first[1]
+    assert first[2] != "NoneType" and second[:2] == ("MemoryError", "rank 1 only")

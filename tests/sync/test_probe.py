@@ -78,3 +78,23 @@ def test_a_scorer_needs_no_engine():
     report = probe(score, model_logprobs(model.double()), PROMPTS, max_mean=1e-4)
     assert report.num_tokens == 2 + 1 + 3
     assert torch.isnan(score([[1, 2]])[0][0])
+
+
+def test_log_probs_at_temperature_zero_are_those_of_one():
+    model = tiny("llama").eval()
+    cold, warm = (model_logprobs(model, temperature=t)([[1, 2, 3]])[0] for t in (0.0, 1.0))
+    assert torch.equal(cold[1:], warm[1:]) and cold[1:].isfinite().all()
+
+
+def test_an_engine_that_remembers_its_version_is_asked_again(monkeypatch):
+    trainer = tiny("llama").eval()
+    with serving(tiny("llama")) as engine:
+        asked = []
+
+        async def refresh():
+            asked.append(True)
+            InProcessSyncer(engine).push(trainer.state_dict().items(), version=3)
+
+        monkeypatch.setattr(engine, "refresh", refresh, raising=False)
+        probe(engine, model_logprobs(trainer), PROMPTS, params=params(4), version=3)
+        assert asked == [True]

@@ -258,3 +258,48 @@ def test_an_engine_answers_with_the_trainers_weights(address):
 def test_an_address_that_cannot_be_is_refused_with_what_to_do(tmp_path, name):
     with pytest.raises(SettingError, match="a folder that exists"):
         SharedMemoryReceiver(Target(), tmp_path / name)
+
+
+def test_what_a_failed_commit_left_in_service_is_not_written_to(address):
+    target = Target()
+    whole = target.commit_weights
+
+    def half(tensors, *, version, alias=False):
+        target.live = dict(target.live) | {"weight": tensors["weight"]}
+        raise RuntimeError("no memory")
+
+    def breaking():
+        yield "weight", random_tensors(3)["weight"]
+        raise ZeroDivisionError
+
+    receiver, syncer = SharedMemoryReceiver(target, address), SharedMemorySyncer(address)
+    syncer.push(random_tensors(1).items(), version=1)
+    target.commit_weights = half
+    with pytest.raises(SyncError, match="version 2 was not taken, 1 is still served"):
+        syncer.push(random_tensors(2).items(), version=2)
+    target.commit_weights = whole
+    before = {name: tensor.clone() for name, tensor in target.live.items()}
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            syncer.push(breaking(), version=3)
+    assert same(target.live, before)
+    syncer.push(random_tensors(4).items(), version=4)
+    assert same(target.live, random_tensors(4))
+    syncer.close()
+    receiver.close()
+
+
+def test_a_second_name_in_a_stream_may_be_another_tensor_in_the_same_memory(address):
+    receiver, syncer = SharedMemoryReceiver(Target(), address), SharedMemorySyncer(address)
+    known = random_tensors(1)
+
+    def stream():
+        yield from known.items()
+        yield "head", known["weight"].mul_(2)
+
+    with pytest.raises(SyncError, match=r"unknown tensors \['head'\]"):
+        syncer.push(stream(), version=1)
+    tied = [*known.items(), ("head", known["weight"])]
+    assert syncer.push(tied, version=1).num_tensors == len(known)
+    syncer.close()
+    receiver.close()
