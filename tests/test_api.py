@@ -18,6 +18,8 @@ def find(path: str):
     """The object of a dotted path, whose modules are imported on the way."""
     found = importlib.import_module("miles")
     for name in path.split(".")[1:]:
+        if inspect.ismodule(found) and not hasattr(found, name):
+            importlib.import_module(f"{found.__name__}.{name}")
         found = getattr(found, name)
     return found
 
