@@ -168,8 +168,7 @@ def _places(
     }
     try:
         found = revert(numbered)
-    except Exception:
-        # An operation of transformers that needs a weight's true shape raises whatever it does.
+    except Exception:  # whatever an operation of transformers raises that needs true shapes
         # All weights then go the slower way, by element numbers, where an error is not caught.
         found = {}
     places, scattered = [], set(names) if not found else set()

@@ -282,7 +282,7 @@ class HFEngine:
             try:
                 with torch.no_grad():
                     self._step()
-            except Exception:
+            except Exception:  # whatever it was, it is told to all whose requests it ends
                 failure = traceback.format_exc()
             with self._changed:
                 ended = [r for r in self._active.values() if r.ended or failure]

@@ -123,7 +123,7 @@ class Sender(ABC):
             raise
 
 
-class Listener:
+class Listener(ABC):
     """The engine's side: a thread that takes one sender at a time and serves it until it hangs up.
 
     Args:
@@ -155,9 +155,9 @@ class Listener:
         self._listener.close()
         self._address.unlink(missing_ok=True)
 
+    @abstractmethod
     def _serve_one(self, connection: socket.socket) -> None:
         """One sender, until it hangs up."""
-        raise NotImplementedError
 
     def _accept(self) -> None:
         while True:

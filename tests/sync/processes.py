@@ -67,7 +67,7 @@ def _rank(
     )
     try:
         result = worker(*args)
-    except Exception:
+    except Exception:  # of the worker, whatever it is; the test looks at the text
         result = traceback.format_exc()
     torch.save(result, f"{folder}/{rank}.tmp")
     os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")

@@ -371,7 +371,7 @@ def failing_on_rank_1(folder):
 
     try:
         syncer.push(stream(), version=1)
-    except Exception as error:
+    except Exception as error:  # the test says which it has to be
         return type(error).__name__, str(error), type(error.__cause__).__name__
 
 
