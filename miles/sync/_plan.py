@@ -26,8 +26,26 @@ def check_version(version: int, served: int) -> bool:
 
 
 def match(weights: Iterable[tuple[str, Tensor]], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of `live`'s names with the trainer's tensors; see `pair`."""
-    return dict(pair(weights, {name: (tuple(t.shape), t.dtype) for name, t in live.items()}))
+    """All of `live`'s names with the trainer's tensors; see `pair`.
+
+    They are held until all have come, so a stream may not fill one buffer again and again.
+    """
+    at_once = _at_once(weights)
+    matched = dict(pair(weights, {name: (tuple(t.shape), t.dtype) for name, t in live.items()}))
+    first: dict[_Memory, str] = {}
+    for name, tensor in matched.items() if not at_once else ():
+        other = first.setdefault(memory_of(tensor), name)
+        if other != name and tensor.numel():
+            raise SyncError(
+                f"{name} came in the memory of {other}, whose values may be gone; expected tensors "
+                "that stay, or a list of them or a dict's items, where they are tied"
+            )
+    return matched
+
+
+def _at_once(weights: Iterable[tuple[str, Tensor]]) -> bool:
+    """Whether all tensors are alive together, as those of a generator need not be."""
+    return isinstance(weights, (list, tuple, type({}.items())))
 
 
 def pair(
@@ -41,7 +59,7 @@ def pair(
     again, so there it is unknown.
     """
     left = dict(expected)
-    at_once = isinstance(weights, (list, tuple, type({}.items())))
+    at_once = _at_once(weights)
     taken: set[_Elements] = set()
     extra: dict[str, _Elements] = {}
     for name, tensor in weights:

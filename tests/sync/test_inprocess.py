@@ -124,3 +124,19 @@ def test_an_engine_answers_with_the_trainers_weights(tied):
         assert answered(engine) == after != before
     with serving(trainer.to(torch.bfloat16)) as engine:
         assert answered(engine) == after
+
+
+def test_a_stream_that_fills_one_buffer_again_is_refused():
+    target = Target({"a": torch.zeros(4), "b": torch.zeros(4)})
+    buffer = torch.zeros(4)
+
+    def stream():
+        for number, name in enumerate(target.live, 1):
+            yield name, buffer.fill_(number)
+
+    with pytest.raises(SyncError, match="b came in the memory of a"):
+        InProcessSyncer(target).push(stream(), version=1)
+    assert target.weight_version == 0
+    assert not any(tensor.any() for tensor in target.live.values())
+    InProcessSyncer(target).push([("a", buffer), ("b", buffer)], version=1)  # tied
+    assert target.weight_version == 1
