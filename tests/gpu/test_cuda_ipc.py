@@ -55,7 +55,8 @@ def serve(address: str, pipe, options: dict, visible: str | None) -> None:
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
-            equal = same(bits(target.live), bits(model(pipe.recv(), "cpu")))
+            expected = bits(model(pipe.recv(), "cpu"))
+            equal = same(bits(target.live), expected)
             free, total = torch.cuda.mem_get_info()
             pipe.send((target.weight_version, equal, total - free))
     receiver.close()
@@ -264,7 +265,7 @@ def test_two_gpus_of_one_host_under_different_names(start, syncer, direct):
 
 
 def engine_of(address: str, alias: bool) -> HFEngine:
-    engine = HFEngine(tiny("qwen3", seed=0).bfloat16().cuda())
+    engine = HFEngine(tiny("llama", seed=0).bfloat16().cuda())
     engine.receiver = CudaIpcReceiver(engine, address, alias=alias)
     return engine
 
@@ -275,7 +276,7 @@ def test_an_engine_process_answers_with_the_trainers_weights(address, alias):
     engine = EngineProcess(engine_of, str(address), alias)
     syncer = CudaIpcSyncer(address, bucket_bytes=BUCKET)
     for version in (1, 2, 3):
-        trainer = tiny("qwen3", seed=version).cuda()
+        trainer = tiny("llama", seed=version).cuda()
         syncer.push(trainer.state_dict().items(), version=version)
         got = generate_all(engine, prompts, params(16))
         assert all(sample.weight_versions == [version] for sample in got)

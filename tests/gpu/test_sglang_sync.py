@@ -75,6 +75,7 @@ def gap(engine: SGLangEngine, trained, version: int) -> float:
     async def main():
         return await asyncio.gather(*(engine.generate([i, 7, 9], params) for i in range(1, 9)))
 
+    asyncio.run(engine.refresh())
     samples = asyncio.run(main())
     assert {v for sample in samples for v in sample.weight_versions} == {version}
     batch = collate(samples).to("cuda")
