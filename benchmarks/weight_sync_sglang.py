@@ -137,23 +137,26 @@ def main(config: Config) -> None:
             env={"PYTHONPATH": site}, cwd=folder, start_timeout=config.start_seconds,
         ) as server:  # fmt: skip
             print(f"the server is up after {time.perf_counter() - start:.0f} s", flush=True)
-            first, count, rows = 1, config.pushes + 2, []
+            first, count = 1, config.pushes + 2
             for bucket_mb in config.bucket_mb:
                 for who, push in (
                     ("miles", ours),
                     ("SGLang", lambda *a: rival(*a, config.server_site)),
                 ):
                     times = push(server.url, model, bucket_mb, count, first)
-                    rows.append(row(who, config, bucket_mb, times))
-                    print(rows[-1], flush=True)
+                    add(row(who, config, bucket_mb, times), config.out)
                     first += count
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not config.out.exists()
-    with config.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+
+
+def add(made: dict[str, Any], out: Path) -> None:
+    print(made, flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, made, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(made)
 
 
 if __name__ == "__main__":
