@@ -4,6 +4,7 @@ r"""The log-prob gap between an SGLang server with rounded weights and trainers 
     python benchmarks/precision_sglang.py --device cuda --server-site ~/site --recipe int4
     python benchmarks/precision_sglang.py --device cuda --server-site ~/site --recipe int4 \
         --model ~/trained/dense-int4-master --rounded ~/trained/dense-int4
+    python benchmarks/precision_sglang.py --device cuda --server-site ~/site --recipe int4 --warm-up
 
 A model is converted and exported; a real SGLang server loads the directory as its config says and
 samples answers at temperature 1; then the model scores them twice on the same device: with its bf16
@@ -14,13 +15,25 @@ The model is a Qwen3 with random weights and prompts of random tokens, or one th
 `precision_curves.py --save` has trained, continuing text that was held out from its training.
 `--rounded` is what was saved of the same weights; it has to agree with them bit for bit. Without it
 the model is rounded here, whatever it was trained in.
+
+INT4 of dense layers goes through SGLang's Marlin, which has no prebuilt operator: at the first
+answer nvcc compiles one file with all its 270 variants. That takes one core minutes, of which the
+server's log says nothing, and after 300 s the server's watchdog would end it. So the compiler is
+told to use all cores, and the watchdog to wait. What came out stays in `~/.cache/tvm-ffi`: where
+one command may not last long enough, `--warm-up` fills it, and the next run finds it. Experts in
+INT4 run in Triton, which compiles for seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import signal
+import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +57,16 @@ from miles.precision import (
     save,
     verify_parity,
 )
-from miles.rollout import Sample, TrainBatch, collate
+from miles.rollout import Sample, SGLangServer, TrainBatch, collate
+
+FLAGS = (
+    "--skip-tokenizer-init", "--attention-backend", "triton", "--sampling-backend", "pytorch",
+    "--grammar-backend", "none", "--disable-cuda-graph", "--mem-fraction-static", "0.3",
+)  # fmt: skip
+WATCHDOG_SECONDS = 3600
+TELL_SECONDS = 15.0
+"""Between two looks at a server that has not answered."""
+COMPILERS = ("nvcc", "cudafe++", "cicc", "ptxas", "ninja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +79,10 @@ class Config:
     """Folder with SGLang and what it needs, for the server alone."""
     port: int = 30_000
     """The server's port."""
-    server_seconds: float = 300
-    """How long the server may take to start, and then for its first answer."""
+    server_seconds: float = 900
+    """How long the server may take until its first answer."""
+    warm_up: bool = False
+    """Compare nothing: end when the server has answered, and what it compiled is in its cache."""
     recipe: Literal["fp8", "int4"] = "fp8"
     """What is served."""
     model: Path | None = None
@@ -142,8 +166,59 @@ def rules(model: Any, recipe: Recipe) -> list[tuple[str, Recipe | None]]:
 
 
 def server_flags(config: Config) -> tuple[str, ...]:
-    """INT4 is told by the checkpoint's config alone."""
-    return ("--quantization", "fp8") if config.recipe == "fp8" else ()
+    """INT4 is told by the checkpoint's config alone; its experts have a kernel in Triton."""
+    if config.recipe == "fp8":
+        return ("--quantization", "fp8")
+    return ("--watchdog-timeout", str(WATCHDOG_SECONDS), "--moe-runner-backend", "triton")
+
+
+@contextlib.contextmanager
+def serving(config: Config, folder: str) -> Iterator[str]:
+    """The address of a server that has answered once; what it does until then is told."""
+    site = str(Path(config.server_site).expanduser().resolve()) if config.server_site else ""
+    env = {"NVCC_APPEND_FLAGS": "--split-compile=0"} | ({"PYTHONPATH": site} if site else {})
+    made = SGLangServer(
+        folder, args=[*FLAGS, *server_flags(config)], env=env, cwd=folder, port=config.port,
+        log=Path(folder, "server.log"), start_timeout=config.server_seconds,
+    )  # fmt: skip
+    server.say(" ".join(made.command))
+    answered = threading.Event()
+    teller = threading.Thread(target=tell, args=(made, answered), daemon=True)
+    teller.start()
+    # `timeout` sends SIGTERM; as an exception it ends the server, and the log is told.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    try:
+        with made:
+            answered.set()
+            server.say("the server has answered")
+            yield made.url
+    except BaseException as error:  # SystemExit and Ctrl-C too: the log is gone with the folder
+        server.say(f"{type(error).__name__}; the end of the server's log:\n{made.last_lines(80)}")
+        raise
+    finally:
+        answered.set()
+        teller.join()
+        signal.signal(signal.SIGTERM, before)
+        server.say("the server is gone")
+
+
+def tell(made: SGLangServer, answered: threading.Event) -> None:
+    """Say now and then what a server does that has not answered."""
+    while not answered.wait(TELL_SECONDS):
+        last = made.last_lines(1).strip()
+        compiles = f"; it runs {', '.join(names)}" if (names := compilers(made.pid)) else ""
+        server.say(f"waiting for the server{compiles}; its log ends: {last[-300:]}")
+
+
+def compilers(group: int | None) -> list[str]:
+    """Those among the processes of a group."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            name, _, rest = file.read_text().partition(" (")[2].rpartition(") ")
+            if int(rest.split()[2]) == group and name in COMPILERS:
+                found.append(name)
+    return sorted(set(found))
 
 
 def prompts_of(config: Config) -> list[list[int]]:
@@ -176,7 +251,9 @@ def answers_of(config: Config, folder: str, prompts: list[list[int]]) -> list[Sa
     for body in bodies:
         del body["return_routed_experts"]
     pool = ThreadPoolExecutor(len(prompts))
-    with pool, server.sglang(config, folder, *server_flags(config)) as url:
+    with pool, serving(config, folder) as url:
+        if config.warm_up:
+            return []
         calls = [pool.submit(server.ask, url, body, timeout=300) for body in bodies]
         answers = [call.result() for call in calls]
     samples = []
@@ -220,6 +297,8 @@ def main(config: Config) -> None:
         folder = f"{parent}/model"
         checkpoint(config, model, folder)
         samples = answers_of(config, folder, prompts_of(config))
+        if config.warm_up:
+            return
     batches = [collate(samples[i : i + 16]).to(config.device) for i in range(0, len(samples), 16)]
     rows = []
     with high_precision(model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import statistics
 from pathlib import Path
 
 from router_table import refused_routers, router_families
@@ -311,7 +312,31 @@ def routing_sglang() -> str:
     return "\n".join(lines)
 
 
+def delta_sparsity() -> str:
+    """What a step changes of bf16 weights, and what it takes to tell; medians over the steps."""
+    lines = [
+        "| hardware, date | model | learning rate | against | changed | least to most | bitmap"
+        " | gaps | delta, zstd | times smaller |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows("delta_sparsity"):
+        key = (f"{row['hardware']}, {row['date']}", row["model"], row["learning_rate"])
+        found.setdefault((*key, f"the {row['against']}"), []).append(row)
+    for key, group in found.items():
+        shares = sorted(float(row["share"]) for row in group)
+        full = int(group[0]["full_bytes"])
+        names = ("bitmap_bytes", "index_bytes", "delta_bytes")
+        sizes = [statistics.median(int(row[name]) for row in group) for name in names]
+        cells = [*key, f"{statistics.median(shares):.2%}", f"{shares[0]:.2%} to {shares[-1]:.2%}"]
+        cells += [f"{size / full:.2%}" for size in sizes]
+        cells.append(f"{full / max(sizes[2], 1):,.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "delta_sparsity": delta_sparsity,
     "engine_throughput": engine_throughput,
     "fp8_linear": fp8_linear,
     "int4_rules": int4_rules,
@@ -329,7 +354,7 @@ TABLES = {
     "routing_bytes": routing_bytes,
     "routing_sglang": routing_sglang,
 }
-PAGES = ("README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md")
+PAGES = ("README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md", "docs/sync.md")
 FILES = [HERE.parent / path for path in PAGES]
 
 

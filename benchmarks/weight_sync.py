@@ -8,8 +8,9 @@ and 61 GB in 311, 399 and 18,867 tensors. The trainer's are views of a pool of 2
 largest fits on one H200 with the engine's two copies.
 
 A sync that checks what arrived cannot be as fast as a copy: the bytes are copied once (`direct`) or
-twice (`slab`), and read once more on each side for the checksums. `of_copy` is the whole push
-beside one copy of the bytes; `of_traffic` beside a copy that reads and writes as many bytes in all.
+twice (`slab`), the sender's checksums come with its copy, and the receiver reads all once more for
+its own. `of_copy` is the whole push beside one copy of the bytes; `of_traffic` beside copies that
+read and write as many bytes in all, 1.5 of them or 2.5.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from miles.sync import (
 )
 
 POOL_BYTES = 1 << 31
-PASSES = {"direct": 2.0, "slab": 3.0, "shm": 2.0}
+PASSES = {"direct": 1.5, "slab": 2.5, "shm": 1.5}
 """Copies' worth of memory traffic: each copy 1, each reading half."""
 PHASES = ("gather", "send", "load", "commit", "pause")
 Carrier = Literal["direct", "slab", "shm"]
@@ -234,7 +235,7 @@ def measure(carrier: Carrier, model: str, bucket_mb: int, pushes: int) -> dict[s
 def main(config: Config) -> None:
     cuda = torch.cuda.is_available() and "shm" not in config.carriers
     common = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": config.commit,

@@ -54,6 +54,10 @@ class ChainSum:
         """The task's own grade: 1 for the answer, less for text that merely holds it."""
         return float(self._dataset.score_answer(answer, problem.item))
 
+    def taught(self, problem: Problem, teacher: random.Random) -> str:
+        """What a sloppy teacher answers: one too high two times in three."""
+        return str(int(problem.item["answer"]) + teacher.choice([0, 1, 1]))
+
     def training(self, count: int, step: int) -> list[Problem]:
         """Problems of training step `step`."""
         return list(itertools.islice(self._walk(f"{self._seed}/{step}", held_out=False), count))
@@ -84,38 +88,40 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def build_model(seed: int, *, width: int = 64) -> Any:
-    """8 experts of which each token uses 2; a quarter of a million parameters at width 64."""
+def build_model(seed: int, *, width: int = 64, **changes: Any) -> Any:
+    """8 experts of which each token uses 2; a quarter of a million parameters at width 64.
+
+    `changes` to the configuration make it another model.
+    """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=len(CHARACTERS) + 2,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            moe_intermediate_size=width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=width // 4,
-            num_experts=8,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(CHARACTERS) + 2,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "moe_intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": width // 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(sizes | changes)))
 
 
 def warm_up(
     model: Any, tokenizer: Any, task: ChainSum, *, num_steps: int, learning_rate: float, log: Any
 ) -> None:
-    """Supervised learning from a sloppy teacher, whose answers are one too high two times in three.
+    """Supervised learning from the task's sloppy teacher.
 
     Imitation learns to add, and to be as sloppy; which answers are right only RL can tell.
     """
@@ -129,9 +135,8 @@ def warm_up(
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 - 0.9 * step / num_steps)
         samples = []
         for problem in task.training(128, -1 - step):
-            mistake = teacher.choice([0, 1, 1])
-            taught = str(int(problem.item["answer"]) + mistake)
-            prompt, answer = tokenizer([problem.prompt, taught])["input_ids"]
+            texts = [problem.prompt, task.taught(problem, teacher)]
+            prompt, answer = tokenizer(texts)["input_ids"]
             sample = Sample(tokens=prompt)
             sample.append([*answer, tokenizer.eos_token_id], logprobs=[0.0] * (len(answer) + 1))
             samples.append(sample)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from arithmetic import ChainSum, build_model, build_tokenizer, warm_up
-from rollouts import Rollouts
+from rollouts import Rollouts, local_engine
 from runlog import RunLog, load_checkpoint, save_checkpoint
 from torch import Tensor
 
@@ -115,6 +115,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     replay: RoutingReplay | None
     log: RunLog
+    observe: Any
     rollouts: Rollouts = field(init=False)
 
     def encode(self, prompt: str) -> list[int]:
@@ -125,12 +126,13 @@ class Run:
 
 
 def train(
-    config: Config, task: Any, model: Any, tokenizer: Any, *, call: Any = None, prepare: Any = None
-) -> None:
+    config: Config, task: Any, model: Any, tokenizer: Any, *, call: Any = None,
+    engine: Any = local_engine, observe: Any = None,
+) -> None:  # fmt: skip
     """Everything from warm-up to the last evaluation.
 
-    `call` computes the forward pass of RL if `model` itself doesn't; `prepare` changes the engine's
-    model before it is served.
+    `call` computes the forward pass of RL if `model` itself doesn't; `engine` starts another engine
+    than `local_engine`; `observe` adds readings of what was sampled, before the updates.
     """
     torch.set_num_threads(2)
     checkpoints = config.out / "checkpoints"
@@ -144,7 +146,7 @@ def train(
         shutil.rmtree(checkpoints, ignore_errors=True)
     replay = RoutingReplay(model) if config.r3 else None
     with RunLog(config.out, config, num_steps=config.num_steps, start=step) as log:
-        run = Run(config, task, model, call or model, tokenizer, optimizer, replay, log)
+        run = Run(config, task, model, call or model, tokenizer, optimizer, replay, log, observe)
         if config.resume:
             log.say(f"resumed at step {step}")
         else:
@@ -155,10 +157,7 @@ def train(
             if log.stopped:
                 return log.say("stopped during the warm-up: nothing to resume, start again")
             save_checkpoint(checkpoints, 0, model, tokenizer, optimizer)
-        run.rollouts = Rollouts(
-            model, checkpoints / "step-000000", log, device=config.device,
-            max_batch=config.max_batch, own_process=config.engine_process, prepare=prepare,
-        )  # fmt: skip
+        run.rollouts = Rollouts(model, engine, config, checkpoints / "step-000000", log)
         with closing(run.rollouts):
             run.rollouts.sync(step)
             if step == 0:
@@ -212,6 +211,7 @@ def train_step(run: Run, step: int) -> int:
         correction = truncated_is(torch.cat(old), rollout_T, whole, high=config.tis_max)
         corrections = correction.split([micro.packed.num_positions for micro in micros])
         readings |= reduce_metrics(correction.metrics)
+    readings |= run.observe(run, micros) if run.observe else {}
 
     # Updates. What a loss is divided by is counted over all micro-batches of its update.
     run.log.phase("training", len(micros))
@@ -235,7 +235,7 @@ def train_step(run: Run, step: int) -> int:
         norms.append(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm))
         run.optimizer.step()
     trained = time.perf_counter()
-    sync_seconds = run.rollouts.sync(step + 1)
+    synced = run.rollouts.sync(step + 1)
 
     num_tokens = sum(len(s.response_tokens) for s in samples)
     row = {
@@ -249,7 +249,8 @@ def train_step(run: Run, step: int) -> int:
         **{name: value.item() for name, value in (readings | reduce_metrics(metrics)).items()},
         "time/sample": sampled - began,
         "time/train": trained - sampled,
-        "time/sync": sync_seconds,
+        "time/sync": synced.seconds,
+        **{f"time/sync/{phase}": seconds for phase, seconds in synced.phases.items()},
         "time/tokens_per_second": num_tokens / (sampled - began),
     }
     if (step + 1) % config.eval_every == 0:
@@ -277,10 +278,9 @@ def sample(
     run.log.phase("sampling", len(problems))
     prompts = {problem.prompt: run.encode(problem.prompt) for problem in problems}
     params = SamplingParams(max_new_tokens=run.config.max_new_tokens, temperature=temperature)
-    first = run.config.seed * 10**12 + seed
     requests = [
-        (prompts[problem.prompt], replace(params, seed=first + index))
-        for index, problem in enumerate(problems)
+        (prompts[problem.prompt], replace(params, seed=seed))
+        for seed, problem in enumerate(problems, run.config.seed * 10**12 + seed)
     ]
     return run.rollouts.generate(requests, version)
 

@@ -20,6 +20,7 @@ from arithmetic import ChainSum, build_model, build_tokenizer
 from grpo_loop import Config, train
 from rich.console import Console
 from rich.table import Table
+from rollouts import local_engine
 from torch import Tensor
 from torch.func import functional_call
 
@@ -72,7 +73,10 @@ def run_ways(config: WaysConfig, recipe: Recipe) -> None:
                 resume=config.resume and (folder / "checkpoints").exists(),
             ),
             ChainSum(config.seed), model, build_tokenizer(), call=in_bf16(model),
-            prepare=partial(prepare, attention=config.attention, recipe=in_engine),
+            engine=partial(
+                local_engine,
+                prepare=partial(prepare, attention=config.attention, recipe=in_engine),
+            ),
         )  # fmt: skip
         metrics = folder / "metrics.jsonl"
         rows[name] = [json.loads(line) for line in metrics.read_text().splitlines()]

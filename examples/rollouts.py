@@ -1,4 +1,4 @@
-"""The engine of an example's run, in this process or its own, and the way of the weights to it."""
+"""The engine of an example's run, and the way of the weights to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from miles.errors import EngineDiedError, SyncError
 from miles.rollout import EngineProcess, HFEngine, Sample, SamplingParams
-from miles.sync import InProcessSyncer, SharedMemoryReceiver, SharedMemorySyncer
+from miles.sync import InProcessSyncer, SharedMemoryReceiver, SharedMemorySyncer, SyncReport
 
 Request = tuple[list[int], SamplingParams]
 Prepare = Callable[[Any], object]
@@ -35,45 +35,58 @@ def start_engine(
     return engine
 
 
+def local_engine(
+    config: Any, model_dir: Path, folder: str, *, prepare: Prepare | None = None
+) -> tuple[Any, Any]:
+    """An engine in this process or its own, and what pushes weights to it.
+
+    Args:
+        config: the run's; `engine_process` decides where the engine lives.
+        model_dir: where the engine finds the architecture, and weights of version 0.
+        folder: a private one, for the way between the processes.
+        prepare: changes the engine's model before it is served; to be pickled for a process.
+    """
+    address = f"{folder}/weights" if config.engine_process else None
+    arguments = (str(model_dir), address, config.device, config.max_batch, prepare)
+    if address is None:
+        engine = start_engine(*arguments)
+        return engine, InProcessSyncer(engine)
+    return EngineProcess(start_engine, *arguments), SharedMemorySyncer(address)
+
+
 class Rollouts:
     """Samples and syncs; when the engine's process dies, starts another and goes on.
 
     Args:
         model: the trainer's model, whose weights the engine gets.
+        start: makes the engine and its syncer, as `local_engine` does, from the next two and a
+            private folder.
+        config: the run's.
         model_dir: where the engine finds the architecture, and weights of version 0.
-        prepare: changes the engine's model before it is served; to be pickled for a process.
+        log: told of starts and of every answer.
     """
 
     def __init__(
         self,
         model: Any,
+        start: Callable[[Any, Path, str], tuple[Any, Any]],
+        config: Any,
         model_dir: Path,
         log: RunLog,
-        *,
-        device: str,
-        max_batch: int,
-        own_process: bool,
-        prepare: Prepare | None = None,
     ) -> None:
         self._model, self._log = model, log
         self._folder = tempfile.TemporaryDirectory(prefix="miles-")  # mode 0700
-        address = f"{self._folder.name}/weights" if own_process else None
-        arguments = (str(model_dir), address, device, max_batch, prepare)
-        self._engine: Any
-        self._syncer: Any
-        if address is not None:
-            self._engine = EngineProcess(start_engine, *arguments)
-            self._syncer = SharedMemorySyncer(address)
-            log.say(f"engine process {self._engine.pid} is up")
-        else:
-            self._engine = start_engine(*arguments)
-            self._syncer = InProcessSyncer(self._engine)
+        self._engine, self._syncer = start(config, model_dir, self._folder.name)
+        self._say_that_it_is_up()
 
-    def sync(self, version: int) -> float:
-        """Bring the model's weights to the engine; returns the seconds it took."""
+    def sync(self, version: int) -> SyncReport:
+        """Bring the model's weights to the engine."""
         for attempt in range(3):
             try:
-                return self._syncer.push(self._model.state_dict().items(), version=version).seconds
+                report: SyncReport = self._syncer.push(
+                    self._model.state_dict().items(), version=version
+                )
+                return report
             except SyncError as error:
                 if attempt == 2 or not self._engine_died():
                     raise
@@ -118,4 +131,8 @@ class Rollouts:
         self._log.say(f"{error}\nstarting a new engine; what was finished is kept")
         self._syncer.close()
         self._engine.restart()
-        self._log.say(f"engine process {self._engine.pid} is up")
+        self._say_that_it_is_up()
+
+    def _say_that_it_is_up(self) -> None:
+        if (pid := getattr(self._engine, "pid", None)) is not None:  # one in this process has none
+            self._log.say(f"engine process {pid} is up")

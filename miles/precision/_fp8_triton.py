@@ -69,8 +69,9 @@ def _of_rows(x: Tensor, recipe: BlockFP8, role: Role, *, turned: bool) -> list[E
     out = []
     for rows, columns in [(m, k), (k, m)] if turned else [(m, k)]:
         codes = x.new_empty(rows, columns, dtype=_fp8.E4M3)
-        scale = x.new_empty(cdiv(columns, 128), 4 * cdiv(rows, 4), dtype=torch.float32)
-        out.append((codes, scale[:, :rows].t()))
+        blocks, padded = cdiv(columns, 128), 4 * cdiv(rows, 4)
+        scale = x.new_empty(blocks, padded, dtype=torch.float32)
+        out.append((codes, scale.as_strided((rows, blocks), (1, padded))))
     tile = 128 if turned else _ROWS
     if x.numel():
         with on_device_of(x):

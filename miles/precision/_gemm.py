@@ -17,7 +17,7 @@ from torch import Tensor
 from miles.errors import ShapeError
 from miles.precision import _blocks, backends
 from miles.precision._launch import on_device_of
-from miles.precision.quantize import _encode, _encode_pair
+from miles.precision.quantize import _encode_pair, _round
 from miles.precision.recipes import BlockFP8, Role
 
 __all__ = [
@@ -69,23 +69,23 @@ def encode(tensor: Tensor, scale: str, role: Role, profile: str = "te") -> Opera
     Unlike `quantize` it doesn't look for NaN, which would make the host wait for the GPU: what is
     not finite comes out as NaN.
     """
-    q = _encode(tensor.detach(), _recipe(scale, profile), role, "auto")
-    return Operand(q.codes, q.scale.float(), role == "weight", tensor.dtype)
+    codes, scales, _ = _round(tensor, _recipe(scale, profile), role)
+    return Operand(codes, scales, role == "weight", tensor.dtype)
 
 
 def encode_weights(weight: Tensor, scale: str) -> tuple[Operand, Operand]:
     """Square blocks of a weight `[..., N, K]`, and the same transposed, in one read."""
-    pair = _encode_pair(weight.detach(), _recipe(scale, "te"), "weight")
-    one, other = (Operand(q.codes, q.scale.float(), True, weight.dtype) for q in pair)
+    pair = _encode_pair(weight, _recipe(scale, "te"), "weight")
+    one, other = (Operand(q.codes, q.scale, True, weight.dtype) for q in pair)
     return one, other
 
 
 def encode_transposed(tensor: Tensor, scale: str, role: Role, profile: str = "te") -> Operand:
     """`[T, F]` to the operand `[F, T]`, rounded along T, which is padded with zeros to 128s."""
-    padded = F.pad(tensor.detach(), (0, 0, 0, -tensor.shape[0] % BLOCK))
+    padded = F.pad(tensor, (0, 0, 0, -tensor.shape[0] % BLOCK))
     if padded.is_cuda:  # a kernel that transposes as it rounds; it writes the other way too
         _, q = _encode_pair(padded, _recipe(scale, profile), role)
-        return Operand(q.codes, q.scale.float(), role == "weight", tensor.dtype)
+        return Operand(q.codes, q.scale, role == "weight", tensor.dtype)
     return encode(padded.t().contiguous(), scale, role, profile)
 
 
@@ -101,16 +101,16 @@ def reference(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
 
 def dequant_bf16(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """GEMM of the dequantised operands, in bf16, or whatever the dtype of the activations is."""
-    return product(a.dequantize(a.dtype), b.dequantize(a.dtype), dtype)
+    return product(a.dequantize(a.dtype), b.dequantize(a.dtype).t(), dtype)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b.T`; a float32 result of two low operands is never rounded to theirs."""
+    """`a @ b`; a float32 result of two low operands is never rounded to theirs."""
     if a.dtype == dtype:
-        return a @ b.t()
+        return torch.mm(a, b)
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
-        return torch.mm(a, b.t(), out_dtype=dtype)
-    return (a.float() @ b.t().float()).to(dtype)
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.float(), b.float()).to(dtype)
 
 
 def scaled_mm(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:

@@ -65,7 +65,7 @@ def plain_weight(dy_TN: Tensor, x_TK: Tensor, ends_E: Tensor, dtype: torch.dtype
     """
     if _has_grouped_mm(dy_TN, dy_TN.shape[1], x_TK.shape[1]):
         return F.grouped_mm(dy_TN.t(), x_TK, offs=ends_E).to(dtype)
-    return _each(ends_E, lambda s, e: _gemm.product(dy_TN[s:e].t(), x_TK[s:e].t(), dtype))
+    return _each(ends_E, lambda s, e: _gemm.product(dy_TN[s:e].t(), x_TK[s:e], dtype))
 
 
 def grouped_weight(

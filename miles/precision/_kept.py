@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,12 @@ _STEPS = _Steps()
 count_steps = _STEPS.start
 
 
+class _Entry(NamedTuple):
+    weights: tuple[weakref.ref[Tensor], ...]
+    version: list[tuple[int, ...]]
+    made: Any
+
+
 class Kept:
     """What one module keeps of its weights; only of parameters: a temporary's address comes again.
 
@@ -48,47 +54,66 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[weakref.ref[Tensor], tuple[int, ...], Any]] = {}
+        self._entries: dict[str, _Entry] = {}
 
-    def of(
+    def of(self, name: str, weights: tuple[Tensor, ...]) -> Any:
+        """What was made of these weights, if they are of the same version; else None.
+
+        Args:
+            name: of the first, in the module.
+            weights: parameters; the first and those that its numbers depend on.
+        """
+        entry = self._entries.get(name)
+        if entry is None or entry.version != _version(weights):
+            return None
+        same = len(entry.weights) == len(weights)
+        for ref, weight in zip(entry.weights, weights, strict=False):
+            same = same and ref() is weight
+        return entry.made if same else None
+
+    def keep(
         self,
-        weight: Tensor,
         name: str,
+        weights: tuple[Tensor, ...],
+        full: str,
         root: nn.Module,
         make: Callable[[Look], Any],
     ) -> Any:
-        """What `make` makes of the weight; NaN raises, on a GPU at the version after the next.
+        """What `make` makes of weights; NaN raises, on a GPU at the version after the next.
 
         Args:
-            weight: a parameter.
-            name: its name in the root, which no other has.
+            name: as for `of`.
+            weights: as for `of`.
+            full: name of the first in the root, which no other has.
             root: the model; its weights on a GPU are looked at together, with one wait for all.
             make: calls `Look` for each part.
         """
-        steps = _STEPS.count if weight.requires_grad else 0
-        version = (steps, weight._version, weight.data_ptr())
-        before = self._entries.get(name)
-        if before is not None and before[0]() is weight and before[1] == version:
-            return before[2]
+        version, first = _version(weights), name not in self._entries
         scales = []
 
         def look(scale: Tensor, of: Tensor) -> None:
-            if before is not None and scale.is_cuda:
+            if scale.is_cuda and not first:
                 scales.append(scale)
             else:
-                _check_finite(scale, of, "weight", name)
+                _check_finite(scale, of, "weight", full)
 
         # Also in an evaluation in inference mode, whose tensors could not be trained with.
         with torch.inference_mode(False), torch.no_grad():
             made = make(look)
         if scales:
-            _unseen(root).add(name, scales)
-        self._entries[name] = (weakref.ref(weight), version, made)
+            _unseen(root).add(full, scales)
+        self._entries[name] = _Entry(tuple(map(weakref.ref, weights)), version, made)
         return made
 
     def clear(self) -> None:
         """Forget all."""
         self._entries.clear()
+
+
+def _version(weights: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
+    return [
+        (_STEPS.count if one.requires_grad else 0, one._version, one.data_ptr()) for one in weights
+    ]
 
 
 class _Unseen:

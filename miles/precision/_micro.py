@@ -48,11 +48,18 @@ def decode_mxfp8(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * _blocks.spread(scale.float(), codes.shape, (MXFP8.block,))
 
 
-def encode_nvfp4(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 codes 0..15 of the tensor's shape, E4M3 scales, one a block, and the global scale."""
+def encode_nvfp4(tensor: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 codes 0..15 of the tensor's shape, E4M3 scales, one a block, and the global scale.
+
+    `largest` is the largest magnitude under the global scale, where that is not of this tensor
+    alone.
+    """
     x = tensor.float()
     amax = _blocks.rows(x.abs(), NVFP4.block).amax(-1)
-    whole = amax.amax() if amax.numel() else amax.new_zeros(())
+    if largest is None:
+        whole = amax.amax() if amax.numel() else amax.new_zeros(())
+    else:
+        whole = largest.float()
     whole_scale = torch.div(whole, torch.full_like(whole, MAX * _E2M1_MAX))
     whole_scale = torch.where(whole_scale == 0, 1.0, whole_scale)
     wanted = torch.div(torch.div(amax, torch.full_like(amax, _E2M1_MAX)), whole_scale)

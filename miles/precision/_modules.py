@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,15 @@ from torch import Tensor, nn
 
 from miles.errors import SettingError
 from miles.precision._kept import Kept, Look, count_steps
-from miles.precision.linears import grouped_linear, linear
+from miles.precision.linears import NOTHING, Cached, apply
 from miles.precision.quantize import (
     QTensor,
     _encode,
     _encode_pair,
     _fake,
-    quantize,
+    _quantize_weight,
 )
-from miles.precision.recipes import BlockFP8, Recipe
+from miles.precision.recipes import NVFP4, BlockFP8, Recipe
 
 __all__ = [
     "Quantized",
@@ -39,11 +40,14 @@ __all__ = [
     "convert_module",
     "drop_cache",
     "high_precision",
+    "join_fused",
     "parts_of",
     "quantized_parameters",
+    "round_parts",
     "weights_of",
 ]
 
+_Made = TypeVar("_Made")
 EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 FUSED_HALVES = "gate_up_proj"
 
@@ -69,12 +73,16 @@ class QuantizedParameter:
         Raises:
             NonFiniteError: NaN or infinity, with the parameter's name.
         """
-        return tuple(
-            quantize(part, self.recipe, name=self.name)
-            for part in parts_of(
-                self.name.rpartition(".")[2], self.parameter.detach().to(self.dtype)
-            )
-        )
+        return round_parts(self, self.parameter.detach().to(self.dtype))
+
+
+def round_parts(q: QuantizedParameter, seen: Tensor) -> tuple[QTensor, ...]:
+    """`q.parts()`, of the parameter's numbers as a forward pass sees them."""
+    largest = None
+    if isinstance(q.module, Quantized):
+        largest = q.module._largest(seen, q.module._others())
+    parts = parts_of(q.name.rpartition(".")[2], seen)
+    return tuple(_quantize_weight(part, q.recipe, q.name, largest) for part in parts)
 
 
 def quantized_parameters(model: nn.Module) -> Iterator[QuantizedParameter]:
@@ -119,53 +127,60 @@ class Quantized(nn.Module):
     _rounded: Kept
     _rounding: bool
     _above: tuple[weakref.ref[nn.Module], ...]
+    _together: tuple[QuantizedLinear, ...]
 
     def weights_changed(self) -> None:
         """Forget what was made of the weights; for who writes them without PyTorch's knowing."""
         self._rounded.clear()
 
-    def _cached(self, weight: Tensor, name: str, make: Callable[[Tensor, Look], Any]) -> Any:
-        """What `make` makes of the weight that is computed with, once for each version of it.
+    def _keep(
+        self, weight: Tensor, name: str, new: Callable[[Look], _Made], *others: Tensor
+    ) -> _Made:
+        """What `new` makes of a weight and others, once for each version of them."""
+        made: _Made | None = self._rounded.of(name, (weight, *others))
+        if made is None:
+            full = f"{self._path}.{name}" if self._path else name
+            root = (self._above[0]() if self._above else None) or self
+            made = self._rounded.keep(name, (weight, *others), full, root, new)
+        return made
 
-        Where nothing is kept, NaN is not looked for: it comes out of the forward pass.
-        """
-        dtype = self._dtype or weight.dtype
-        if self._keeps_nothing(weight):
-            return make(weight.detach().to(dtype), lambda *_: None)
-        full = f"{self._path}.{name}" if self._path else name
-        root = (self._above[0]() if self._above else None) or self
-        return self._rounded.of(
-            weight, full, root, lambda look: make(weight.detach().to(dtype), look)
-        )
-
-    def _kept(self, weight: Tensor, name: str) -> dict[str, Any]:
+    def _codes(self, weight: Tensor, name: str) -> Cached:
         """What the GEMMs of block FP8 need not make in every call, if anything is kept."""
         recipe = self.recipe
         assert isinstance(recipe, BlockFP8)
         if self._keeps_nothing(weight):
-            return {}
+            return NOTHING
         backward = weight.is_cuda and recipe.dgrad == "fp8" and torch.is_grad_enabled()
 
-        def make(seen: Tensor, look: Look) -> dict[str, Any]:
+        def new(look: Look) -> list[Cached]:
+            seen = weight.detach().to(self._dtype or weight.dtype)
             if backward:
-                rounded, turned = _encode_pair(seen, recipe, "weight")
+                one, turned = _encode_pair(seen, recipe, "weight")
+                made: Cached = (one.codes, one.scale, turned.codes, turned.scale)
             else:
-                rounded, turned = _encode(seen, recipe, "weight"), None
-            look(rounded.scale, seen)
-            return {"quantized_weight": rounded, "transposed_weight": turned}
+                one = _encode(seen, recipe, "weight")
+                made = (one.codes, one.scale, None, None)
+            look(one.scale, seen)
+            return [made]
 
-        kept: dict[str, Any] = self._cached(weight, name, make)
-        if backward and kept["transposed_weight"] is None:
-            kept["transposed_weight"] = kept["quantized_weight"].t()
-        return kept
+        kept = self._keep(weight, name, new)
+        codes, scale, turned_codes, _ = kept[0]
+        if backward and turned_codes is None and codes is not None and scale is not None:
+            kept[0] = (codes, scale, codes.mT.contiguous(), scale.mT.contiguous())
+        return kept[0]
 
-    def _keeps_nothing(self, weight: Tensor) -> bool:
+    def _keeps_nothing(self, *weights: Tensor) -> bool:
         if torch.compiler.is_compiling():
             return True
-        if not isinstance(weight, nn.Parameter) or weight.is_inference():
-            return True
+        for weight in weights:
+            if not isinstance(weight, nn.Parameter) or weight.is_inference():
+                return True
         # A rank that keeps a gathered weight, rounded, has not sharded it.
-        return any(one is not None and _is_sharded(one) for one in (ref() for ref in self._above))
+        for ref in self._above:
+            kind: Any = type(ref())  # a class, which has a hash, whatever its objects have
+            if _shards(kind):
+                return True
+        return False
 
     def _check_dtype(self, weight: Tensor, given: Tensor | None) -> None:
         """Raise unless what is rounded here is what the exporter rounds."""
@@ -185,17 +200,38 @@ class Quantized(nn.Module):
     def _fake(self, name: str, weight: Tensor) -> Tensor:
         """The rounded weight, with the master weight's gradient."""
         self._check_dtype(weight, None)
+        others = self._others()
 
-        def make(seen: Tensor, look: Look) -> Tensor:
+        def new(look: Look) -> Tensor:
+            seen = weight.detach().to(self._dtype or weight.dtype)
+            largest = self._largest(seen, others)
             parts = []
             for part in parts_of(name, seen):
-                rounded, scale = _fake(part, self.recipe, "weight")
+                rounded, scale = _fake(part, self.recipe, "weight", largest)
                 look(scale, part)
                 parts.append(rounded)
             return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
 
-        out: Tensor = _Through.apply(weight, self._cached(weight, name, make))
+        # Where nothing is kept, NaN is not looked for: it comes out of the forward pass.
+        nothing = self._keeps_nothing(weight, *others)
+        rounded = new(lambda *_: None) if nothing else self._keep(weight, name, new, *others)
+        out: Tensor = _Through.apply(weight, rounded)
         return out
+
+    def _others(self) -> tuple[Tensor, ...]:
+        """Weights of other modules that are under one global scale with this one's."""
+        return tuple(module.weight for module in self._together if module is not self)
+
+    def _largest(self, seen: Tensor, others: tuple[Tensor, ...]) -> Tensor | None:
+        """The largest magnitude under the global scale of `NVFP4`, of numbers as they are seen."""
+        if not isinstance(self.recipe, NVFP4):
+            return None
+        found = [seen.abs().amax()]
+        for other in others:
+            amax: Any = other.detach().abs().amax()
+            amax = amax.full_tensor() if hasattr(amax, "full_tensor") else amax  # under FSDP2
+            found.append(amax.to(seen))
+        return torch.stack(found).amax()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_rounded": Kept(), "_above": ()}
@@ -228,11 +264,12 @@ class _Through(torch.autograd.Function):
 
 class QuantizedLinear(Quantized, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
         if self._rounding and isinstance(self.recipe, BlockFP8):
-            self._check_dtype(self.weight, input)
-            kept = self._kept(self.weight, "weight")
-            return linear(input, self.weight, self.recipe, bias=self.bias, **kept)
-        weight = self._fake("weight", self.weight) if self._rounding else self.weight
+            self._check_dtype(weight, input)
+            cached = self._codes(weight, "weight")
+            return apply(input, weight, cached, None, self.recipe, bias=self.bias)
+        weight = self._fake("weight", weight) if self._rounding else weight
         out: Tensor = F.linear(input, weight, self.bias)
         return out
 
@@ -278,7 +315,7 @@ class QuantizedExperts(Quantized):
         assert isinstance(self.recipe, BlockFP8)
         weight = getattr(self, name)
         self._check_dtype(weight, rows)
-        return grouped_linear(rows, weight, ends_E, self.recipe, **self._kept(weight, name))
+        return apply(rows, weight, self._codes(weight, name), ends_E, self.recipe)
 
 
 _HIDING = threading.RLock()
@@ -304,8 +341,9 @@ def _empty(base: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    names = {kind.__name__ for kind in type(module).__mro__}
+@functools.cache
+def _shards(kind: type) -> bool:
+    names = {one.__name__ for one in kind.__mro__}
     return not names.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
 
 
@@ -325,7 +363,31 @@ def convert_module(
         _rounded=Kept(),
         _rounding=True,
         _above=tuple(weakref.ref(one) for one in (*above, module)),
+        _together=(),
     )
+
+
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Linears of one module that engines load as one, with one global scale."""
+
+
+def join_fused(model: nn.Module) -> None:
+    """Have NVFP4 linears that engines fuse share a global scale."""
+    for module in model.modules():
+        for names in _FUSED:
+            found = [module._modules.get(name) for name in names]
+            members = tuple(
+                one
+                for one in found
+                if isinstance(one, QuantizedLinear) and isinstance(one.recipe, NVFP4)
+            )
+            for member in members:
+                member._together = members
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from miles.errors import UnsupportedModelError
 from miles.precision import _places, _storage
-from miles.precision._modules import QuantizedParameter, parts_of, quantized_parameters
-from miles.precision.quantize import QTensor, quantize
+from miles.precision._modules import QuantizedParameter, quantized_parameters, round_parts
+from miles.precision.quantize import QTensor
 from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe
 
 __all__ = ["export", "quantization_config"]
@@ -185,8 +185,7 @@ class Plan:
         """What `q.parts()` gives, of the gathered weight."""
         weight = weight.to(self.dtypes.get(q.name, weight.dtype))
         weight = weight.to(getattr(q.module, "_dtype", None) or weight.dtype)
-        parts = parts_of(q.name.rpartition(".")[2], weight)
-        return tuple(quantize(part, q.recipe, name=q.name) for part in parts)
+        return round_parts(q, weight)
 
     def ignored(self, *, regex: bool) -> list[str]:
         """Modules whose weights stay, by their names on disk.

@@ -16,9 +16,8 @@ References:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+import functools
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 from miles.errors import DtypeError, SettingError, ShapeError
 from miles.precision import _gemm, _gemm_grouped, backends
 from miles.precision._gemm import Operand
+from miles.precision._operators import operator
 from miles.precision.quantize import QTensor
 from miles.precision.recipes import BlockFP8
 
@@ -82,14 +82,10 @@ def linear(
         tensor([[65., 65., 65.],
                 [65., 65., 65.]], grad_fn=<AddBackward0>)
     """
-    _check_call(x, weight, recipe, backend, quantized_weight, transposed_weight, 2)
+    cached = _check_call(x, weight, recipe, backend, quantized_weight, transposed_weight, 2)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-    x = _autocast(x)
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y = _apply(flat, weight, recipe, backend, quantized_weight, transposed_weight, None)
-    y = y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y + bias.to(y.dtype)
+    return apply(x, weight, cached, None, recipe, backend, bias)
 
 
 def grouped_linear(
@@ -133,7 +129,7 @@ def grouped_linear(
                 [256.],
                 [256.]])
     """
-    _check_call(x, weight, recipe, backend, quantized_weight, transposed_weight, 3)
+    cached = _check_call(x, weight, recipe, backend, quantized_weight, transposed_weight, 3)
     if x.ndim != 2 or ends.shape != weight.shape[:1]:
         raise ShapeError(
             f"x has shape {tuple(x.shape)} and ends {tuple(ends.shape)}; expected [T, K] and "
@@ -141,40 +137,38 @@ def grouped_linear(
         )
     if ends.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"ends is {ends.dtype}; expected int32 or int64")
-    return _apply(
-        _autocast(x),
-        weight,
-        recipe,
-        backend,
-        quantized_weight,
-        transposed_weight,
-        ends.to(torch.int32),
-    )
+    return apply(x, weight, cached, ends, recipe, backend)
 
 
-def _apply(
-    x_TK: Tensor,
+Cached = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""A weight's codes and scales, and those of its transpose."""
+NOTHING: Cached = (None, None, None, None)
+
+
+def apply(
+    x: Tensor,
     weight: Tensor,
-    recipe: BlockFP8,
-    backend: str,
-    quantized: QTensor | None,
-    transposed: QTensor | None,
+    cached: Cached,
     ends_E: Tensor | None,
+    recipe: BlockFP8,
+    backend: str = "auto",
+    bias: Tensor | None = None,
 ) -> Tensor:
-    cached = [
-        None if q is None else getattr(q, field)
-        for q in (quantized, transposed)
-        for field in ("codes", "scale")
-    ]
-    y: Tensor = _Linear.apply(x_TK, weight, *cached, ends_E, recipe, backend)
-    return y
+    """`linear`, or `grouped_linear` with `ends_E`, of what has been checked but for x."""
+    _check_x(x, weight)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    ends_E = None if ends_E is None else ends_E.to(torch.int32)
+    y: Tensor = _Linear.apply(x, weight, *cached, ends_E, recipe, backend)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_TK: Tensor,
+        x: Tensor,
         weight: Tensor,
         codes: Tensor | None,
         scale: Tensor | None,
@@ -184,28 +178,29 @@ class _Linear(torch.autograd.Function):
         recipe: BlockFP8,
         backend: str,
     ) -> Tensor:
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_x, need_weight, *_ = ctx.needs_input_grad
         rounded_dgrad = need_x and recipe.dgrad != "bf16"
         if codes is None and rounded_dgrad:
-            low = weight.to(x_TK.dtype)
+            low = weight.to(x.dtype)
             codes, scale, turned_codes, turned_scale = _encode_weights(low, recipe.scale)
         elif codes is None and recipe.fprop != "bf16":
-            codes, scale = _encode_weight(weight.to(x_TK.dtype), recipe.scale)
+            codes, scale = _encode_weight(weight.to(x.dtype), recipe.scale)
         elif turned_codes is None and codes is not None and scale is not None:
             turned_codes, turned_scale = codes.mT, scale.mT
         ctx.save_for_backward(
-            x_TK if need_weight else None,
+            x if need_weight else None,
             weight if need_x and not rounded_dgrad else None,
             *((turned_codes, turned_scale) if rounded_dgrad else (None, None)),
             ends_E,
         )
         ctx.recipe, ctx.backend, ctx.weight_dtype = recipe, backend, weight.dtype
+        x_TK = _rows(x)
         if recipe.fprop == "bf16":
-            return _plain(x_TK, weight.to(x_TK.dtype), ends_E)
+            return _unrows(_plain(x_TK, weight.to(x.dtype), ends_E), x)
         assert codes is not None and scale is not None
         name = backend if recipe.fprop == "fp8" else "dequant_bf16"
-        y: Tensor = _matmul(x_TK, codes, scale, ends_E, "fprop", recipe.scale, recipe.profile, name)
-        return y
+        y = _matmul(x_TK, codes, scale, ends_E, "fprop", recipe.scale, recipe.profile, name)
+        return _unrows(y, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,51 +212,46 @@ class _Linear(torch.autograd.Function):
             )
         x, weight, codes, scale, ends = ctx.saved_tensors
         recipe: BlockFP8 = ctx.recipe
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        dy_TN = _rows(dy)
         dx = dw = None
-        if ctx.needs_input_grad[0] and recipe.dgrad == "bf16":
-            dx = _plain(dy, weight.to(dy.dtype).mT, ends)
-        elif ctx.needs_input_grad[0]:
+        if need_x and recipe.dgrad == "bf16":
+            dx = _unrows(_plain(dy_TN, weight.to(dy.dtype).mT, ends), dy)
+        elif need_x:
             name = ctx.backend if recipe.dgrad == "fp8" else "dequant_bf16"
-            dx = _matmul(dy, codes, scale, ends, "dgrad", recipe.scale, "te", name)
-        if ctx.needs_input_grad[1]:
-            dw = _wgrad(
-                dy,
-                x,
-                ends,
-                recipe.wgrad,
-                recipe.scale,
-                recipe.profile,
-                ctx.backend,
-                ctx.weight_dtype,
-            )
+            dx = _matmul(dy_TN, codes, scale, ends, "dgrad", recipe.scale, "te", name)
+            dx = _unrows(dx, dy)
+        if need_weight:
+            dw = _weight_gradient(ctx, dy_TN, _rows(x), ends)
         return dx, dw, *(None,) * 7
+
+
+def _weight_gradient(ctx: Any, dy_TN: Tensor, x_TK: Tensor, ends_E: Tensor | None) -> Tensor:
+    recipe, dtype = ctx.recipe, ctx.weight_dtype
+    plain = recipe.wgrad == "bf16" and ends_E is None and x_TK.dtype == dtype
+    if plain and not torch.is_autocast_enabled(x_TK.device.type):
+        return dy_TN.t() @ x_TK  # one that the compiler can read
+    modes = (recipe.wgrad, recipe.scale, recipe.profile)
+    return _wgrad(dy_TN, x_TK, ends_E, *modes, ctx.backend, dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unrows(y_TD: Tensor, like: Tensor) -> Tensor:
+    """With the leading dimensions of `like`; not a view, which could not be changed in place."""
+    if like.ndim == 2:
+        return y_TD
+    out: Tensor = torch.ops.aten._unsafe_view.default(y_TD, [*like.shape[:-1], y_TD.shape[1]])
+    return out
 
 
 def _plain(x_TD: Tensor, weight: Tensor, ends_E: Tensor | None) -> Tensor:
     return x_TD @ weight.t() if ends_E is None else _grouped_plain(x_TD, weight, ends_E)
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-# To the compiler each of these is one step: kernels that it can't read, chosen by sizes it may not
-# know yet. Results are new and contiguous, whatever the backend.
-
-
-def _operator(name: str, like: Callable[..., Any]) -> Callable[[_F], _F]:
-    """`torch.library.custom_op` without its wrappers, which take 20 to 40 us of every call.
-
-    `like` makes tensors of the result's shape, for the compiler.
-    """
-
-    def register(function: _F) -> _F:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(f"miles::{name}", schema)
-        torch.library.impl(f"miles::{name}", "default", function)
-        torch.library.register_fake(f"miles::{name}", like)
-        return cast(_F, getattr(torch.ops.miles, name).default)
-
-    return register
+# Results of operators are new and contiguous, whatever the backend.
 
 
 def _weight_like(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,15 +270,13 @@ def _gradient_like(dy_TN: Tensor, x_TK: Tensor, ends_E: Tensor | None, *args: An
     return dy_TN.new_empty(*experts, dy_TN.shape[1], x_TK.shape[1], dtype=args[-1])
 
 
-@_operator("fp8_encode_weight", lambda weight, _: _weight_like(weight))
+@operator("fp8_encode_weight", lambda weight, _: _weight_like(weight))
 def _encode_weight(weight: Tensor, scale: str) -> tuple[Tensor, Tensor]:
     operand = _gemm.encode(weight.contiguous(), scale, "weight")
     return operand.codes, operand.scale.contiguous()
 
 
-@_operator(
-    "fp8_encode_weights", lambda weight, _: (*_weight_like(weight), *_weight_like(weight.mT))
-)
+@operator("fp8_encode_weights", lambda weight, _: (*_weight_like(weight), *_weight_like(weight.mT)))
 def _encode_weights(weight: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one, turned = _gemm.encode_weights(weight.contiguous(), scale)
     # The transpose of a single row is a view, which an op may not return beside the row.
@@ -299,7 +287,31 @@ def _encode_weights(weight: Tensor, scale: str) -> tuple[Tensor, Tensor, Tensor,
     return one.codes, one.scale.contiguous(), turned_codes, turned_scale
 
 
-@_operator("fp8_matmul", _rows_like)
+@functools.cache
+def _choice(
+    backend: str,
+    kind: Literal["fprop", "dgrad", "wgrad"],
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: bool,
+) -> str:
+    """`backends.choose`, once for each kind of GEMM: it does not depend on tokens, which are 0."""
+    gemm = backends.Gemm(
+        kind=kind,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        dtype=dtype,
+        device=device,
+        experts=experts,
+    )
+    return backends.choose(backend, gemm)
+
+
+@operator("fp8_matmul", _rows_like)
 def _matmul(
     x_TD: Tensor,
     codes: Tensor,
@@ -310,30 +322,22 @@ def _matmul(
     profile: str,
     backend: str,
 ) -> Tensor:
-    tokens, columns = x_TD.shape[0], codes.shape[-2]
+    (tokens, depth), columns, dtype = x_TD.shape, codes.shape[-2], x_TD.dtype
     _check_ends(ends_E, tokens)
-    gemm = backends.Gemm(
-        kind=cast(Literal["fprop", "dgrad"], kind),
-        rows=tokens,
-        columns=columns,
-        depth=x_TD.shape[1],
-        dtype=x_TD.dtype,
-        device=x_TD.device,
-        experts=ends_E is not None,
-    )
-    name = backends.choose(backend, gemm)
+    known = cast(Literal["fprop", "dgrad"], kind)
+    experts = ends_E is not None
+    name = _choice(backend, known, 0, columns, depth, dtype, x_TD.device, experts)
     if tokens == 0:
         return x_TD.new_empty(0, columns)
-    with _no_autocast(x_TD):
-        role: Literal["activation", "gradient"] = "activation" if kind == "fprop" else "gradient"
-        left = _gemm.encode(x_TD.contiguous(), scale_format, role, profile)
-        right = Operand(codes.contiguous(), scale.float(), True, x_TD.dtype)
-        if ends_E is None:
-            return _gemm.dense(name, left, right, x_TD.dtype)
-        return _gemm_grouped.grouped(name, left, right, ends_E, x_TD.dtype)
+    role: Literal["activation", "gradient"] = "activation" if kind == "fprop" else "gradient"
+    left = _gemm.encode(x_TD.contiguous(), scale_format, role, profile)
+    right = Operand(codes.contiguous(), scale.float(), True, dtype)
+    if ends_E is None:
+        return _gemm.dense(name, left, right, dtype)
+    return _gemm_grouped.grouped(name, left, right, ends_E, dtype)
 
 
-@_operator("fp8_wgrad", _gradient_like)
+@operator("fp8_wgrad", _gradient_like)
 def _wgrad(
     dy_TN: Tensor,
     x_TK: Tensor,
@@ -344,56 +348,33 @@ def _wgrad(
     backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    tokens = x_TK.shape[0]
+    (tokens, rows), columns = dy_TN.shape, x_TK.shape[1]
     _check_ends(ends_E, tokens)
-    experts = () if ends_E is None else ends_E.shape
-    shape = (*experts, dy_TN.shape[1], x_TK.shape[1])
     name = "dequant_bf16"
     if mode == "fp8":
-        gemm = backends.Gemm(
-            kind="wgrad",
-            rows=shape[-2],
-            columns=shape[-1],
-            depth=tokens,
-            dtype=x_TK.dtype,
-            device=x_TK.device,
-            experts=ends_E is not None,
-        )
-        name = backends.choose(backend, gemm)
+        experts = ends_E is not None
+        name = _choice(backend, "wgrad", rows, columns, 0, x_TK.dtype, x_TK.device, experts)
     if tokens == 0:
-        return dy_TN.new_zeros(shape, dtype=dtype)
-    with _no_autocast(x_TK):
-        if mode == "bf16" and ends_E is None:
-            return _gemm.product(dy_TN.t(), x_TK.t(), dtype)
-        if ends_E is None:
-            dy = _gemm.encode_transposed(dy_TN, scale_format, "gradient")
-            x = _gemm.encode_transposed(x_TK, scale_format, "activation", profile)
-            return _gemm.dense(name, dy, x, dtype)
-        dy_TN, x_TK = dy_TN.contiguous(), x_TK.contiguous()
+        experts_E = () if ends_E is None else ends_E.shape
+        return dy_TN.new_zeros(*experts_E, rows, columns, dtype=dtype)
+    if ends_E is None:
         if mode == "bf16":
-            return _gemm_grouped.plain_weight(dy_TN, x_TK, ends_E, dtype)
-        return _gemm_grouped.grouped_weight(name, dy_TN, x_TK, ends_E, scale_format, profile, dtype)
+            return _gemm.product(dy_TN.t(), x_TK, dtype)
+        dy = _gemm.encode_transposed(dy_TN, scale_format, "gradient")
+        x = _gemm.encode_transposed(x_TK, scale_format, "activation", profile)
+        return _gemm.dense(name, dy, x, dtype)
+    dy_TN, x_TK = dy_TN.contiguous(), x_TK.contiguous()
+    if mode == "bf16":
+        return _gemm_grouped.plain_weight(dy_TN, x_TK, ends_E, dtype)
+    return _gemm_grouped.grouped_weight(name, dy_TN, x_TK, ends_E, scale_format, profile, dtype)
 
 
-@_operator("grouped_matmul", _rows_like)
+@operator("grouped_matmul", _rows_like)
 def _grouped_plain(x_TD: Tensor, weight_ECD: Tensor, ends_E: Tensor) -> Tensor:
     _check_ends(ends_E, x_TD.shape[0])
     if x_TD.shape[0] == 0:
         return x_TD.new_empty(0, weight_ECD.shape[1])
-    with _no_autocast(x_TD):
-        return _gemm_grouped.plain(x_TD.contiguous(), weight_ECD, ends_E)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return _gemm_grouped.plain(x_TD.contiguous(), weight_ECD, ends_E)
 
 
 def _check_ends(ends_E: Tensor | None, num_rows: int) -> None:
@@ -415,28 +396,42 @@ def _check_call(
     quantized: QTensor | None,
     transposed: QTensor | None,
     ndim: int,
-) -> None:
+) -> Cached:
     if not isinstance(recipe, BlockFP8):
         raise SettingError(f"recipe is {type(recipe).__name__}; expected BlockFP8")
     backends.check_name(backend)
-    for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in _FLOATS:
-            raise DtypeError(f"{name} is {tensor.dtype}; expected bfloat16, float16 or float32")
-    fits = x.ndim > 0 and weight.ndim == ndim and weight.shape[-1] == x.shape[-1]
-    if not fits or 0 in weight.shape:
-        letters = "[N, K]" if ndim == 2 else "[E, N, K]"
-        raise ShapeError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [..., K] "
-            f"and {letters}, none of N and K zero"
-        )
-    if x.device != weight.device:
-        raise SettingError(f"x is on {x.device} and weight on {weight.device}; expected one device")
+    if weight.dtype not in _FLOATS:
+        raise DtypeError(f"weight is {weight.dtype}; expected bfloat16, float16 or float32")
+    if weight.ndim != ndim or 0 in weight.shape:
+        _refuse(x, weight, ndim)
     if quantized is not None:
         _check_quantized("quantized_weight", quantized, weight, recipe)
     if transposed is not None:
         if quantized is None:
             raise SettingError("transposed_weight came without quantized_weight; expected both")
         _check_quantized("transposed_weight", transposed, weight.mT, recipe)
+    if quantized is None:
+        return NOTHING
+    turned = (None, None) if transposed is None else (transposed.codes, transposed.scale)
+    return (quantized.codes, quantized.scale, *turned)
+
+
+def _check_x(x: Tensor, weight: Tensor) -> None:
+    """Raise unless a weight that is all right can be multiplied with x."""
+    if x.dtype not in _FLOATS:
+        raise DtypeError(f"x is {x.dtype}; expected bfloat16, float16 or float32")
+    if x.ndim == 0 or weight.shape[-1] != x.shape[-1]:
+        _refuse(x, weight, weight.ndim)
+    if x.device != weight.device:
+        raise SettingError(f"x is on {x.device} and weight on {weight.device}; expected one device")
+
+
+def _refuse(x: Tensor, weight: Tensor, ndim: int) -> NoReturn:
+    letters = "[N, K]" if ndim == 2 else "[E, N, K]"
+    raise ShapeError(
+        f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected [..., K] "
+        f"and {letters}, none of N and K zero"
+    )
 
 
 def _check_quantized(name: str, given: QTensor, weight: Tensor, recipe: BlockFP8) -> None:

@@ -21,6 +21,7 @@ from miles.precision._modules import (
     convert_module,
     drop_cache,
     high_precision,
+    join_fused,
     parts_of,
     quantized_parameters,
     weights_of,
@@ -94,7 +95,8 @@ def convert_(
 
     `Int4`, `MXFP8` and `NVFP4` round the weight alone; `BlockFP8` also activations and gradients,
     as its GEMMs say (`miles.precision.linear`). The gradient of a weight passes straight through.
-    A weight is rounded once for each version of it, not once a micro-batch.
+    A weight is rounded once for each version of it, not once a micro-batch. `NVFP4` linears that
+    engines fuse (q, k and v; gate and up) are under one global scale.
 
     Args:
         model: changed in place.
@@ -157,6 +159,7 @@ def convert_(
                 bytes_after=after,
             )
         )
+    join_fused(model)
     for number, (pattern, _) in enumerate(rules):
         if number not in used:
             warnings.warn(

@@ -8,6 +8,7 @@ any. `quantize` looks at them, which waits for the device; `fake_quantize` on CU
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from miles.errors import DtypeError, MissingExtraError, NonFiniteError, SettingError, ShapeError
 from miles.precision import _fp8, _int4, _micro
+from miles.precision._operators import operator
 from miles.precision.backends import has_fp8_cores, warn_once
 from miles.precision.recipes import MXFP8, NVFP4, BlockFP8, Int4, Recipe, Role
 
@@ -127,6 +129,12 @@ def quantize(
     return _encode(tensor.detach(), recipe, role, backend, check=True, name=name)
 
 
+def _quantize_weight(weight: Tensor, recipe: Recipe, name: str, largest: Tensor | None) -> QTensor:
+    """`quantize` of a weight that may share its global scale with others; see `_encode`."""
+    _check(weight, recipe, "weight", name)
+    return _encode(weight.detach(), recipe, "weight", check=True, name=name, largest=largest)
+
+
 def quantize_pair(
     tensor: Tensor,
     recipe: BlockFP8,
@@ -226,14 +234,36 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-def _fake(tensor: Tensor, recipe: Recipe, role: Role) -> tuple[Tensor, Tensor]:
-    """`fake_quantize` without its gradient and check, and the scales."""
-    if not isinstance(recipe, Int4) or not _use_triton(tensor, recipe, "auto"):
-        q = _encode(tensor, recipe, role)
-        return q.dequantize(tensor.dtype), q.scale
+def _fake(
+    tensor: Tensor, recipe: Recipe, role: Role, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`fake_quantize` without its gradient and check, and the scales; `largest` as in `_encode`."""
+    if isinstance(recipe, Int4):
+        scale = (recipe.scale_dtype, recipe.divisor, recipe.lowest)
+        return _fake_int4(tensor, recipe.group_size, *scale)
+    q = _encode(tensor, recipe, role, largest=largest)
+    return q.dequantize(tensor.dtype), q.scale
+
+
+def _int4_like(weight: Tensor, group_size: int, scale_dtype: str, *_: Any) -> tuple[Tensor, Tensor]:
+    groups = (*weight.shape[:-1], weight.shape[-1] // group_size)
+    return weight.new_empty(weight.shape), weight.new_empty(
+        groups, dtype=getattr(torch, scale_dtype)
+    )
+
+
+@operator("int4_fake_quantize", _int4_like)
+def _fake_int4(
+    weight: Tensor, group_size: int, scale_dtype: str, divisor: float, lowest: int
+) -> tuple[Tensor, Tensor]:
+    kind: Any = scale_dtype  # one of the names that Int4 takes
+    recipe = Int4(group_size=group_size, scale_dtype=kind, divisor=divisor, lowest=lowest)
+    if not _use_triton(weight, recipe, "auto"):
+        codes, scale = _int4.encode(weight, recipe)
+        return _int4.decode(codes, scale, recipe, weight.dtype), scale
     from miles.precision import _int4_triton  # imports triton
 
-    return _int4_triton.fake_quantize(tensor, recipe)
+    return _int4_triton.fake_quantize(weight, recipe)
 
 
 def _encode(
@@ -244,30 +274,43 @@ def _encode(
     *,
     check: bool = False,
     name: str | None = None,
+    largest: Tensor | None = None,
 ) -> QTensor:
-    """`quantize`; without `check`, NaN and infinity make their block NaN and nothing waits."""
-    whole = None
-    triton = _use_triton(tensor, recipe, backend)
-    if isinstance(recipe, Int4) and triton:
-        from miles.precision import _int4_triton  # imports triton
+    """`quantize`; without `check`, NaN and infinity make their block NaN and nothing waits.
 
-        codes, scale = _int4_triton.encode(tensor, recipe)
-    elif isinstance(recipe, Int4):
-        codes, scale = _int4.encode(tensor, recipe)
-    elif isinstance(recipe, BlockFP8) and triton:
-        from miles.precision import _fp8_triton
-
-        codes, scale = _fp8_triton.encode(tensor, recipe, role)
-    elif isinstance(recipe, BlockFP8):
-        codes, scale = _fp8.encode(tensor, recipe, role)
-    elif isinstance(recipe, MXFP8):
-        codes, scale = _micro.encode_mxfp8(tensor)
-    else:
-        assert isinstance(recipe, NVFP4)
-        codes, scale, whole = _micro.encode_nvfp4(tensor)
+    `largest` is for the global scale of `NVFP4`: the largest magnitude of all that share it.
+    """
+    codes, scale, whole = _round(tensor, recipe, role, backend, largest)
     if check:
         _check_finite(scale, tensor, role, name)
     return QTensor(codes, scale, recipe, role, whole)
+
+
+def _round(
+    tensor: Tensor,
+    recipe: Recipe,
+    role: Role,
+    backend: Backend = "auto",
+    largest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and `NVFP4`'s global scale, as `_encode` has them."""
+    triton = _use_triton(tensor, recipe, backend)
+    if isinstance(recipe, BlockFP8):
+        if not triton:
+            return *_fp8.encode(tensor, recipe, role), None
+        from miles.precision import _fp8_triton  # imports triton
+
+        return *_fp8_triton.encode(tensor, recipe, role), None
+    if isinstance(recipe, Int4):
+        if not triton:
+            return *_int4.encode(tensor, recipe), None
+        from miles.precision import _int4_triton
+
+        return *_int4_triton.encode(tensor, recipe), None
+    if isinstance(recipe, MXFP8):
+        return *_micro.encode_mxfp8(tensor), None
+    assert isinstance(recipe, NVFP4)
+    return _micro.encode_nvfp4(tensor, largest)
 
 
 def _encode_pair(
@@ -295,18 +338,26 @@ def _encode_pair(
 
 
 def _use_triton(tensor: Tensor, recipe: Recipe, backend: Backend) -> bool:
+    if backend == "auto" and not tensor.is_cuda:
+        return False
+    kind: Any = type(recipe)  # a class, which has a hash, whatever one of its objects has
+    return _triton_for(kind, tensor.device, backend)
+
+
+@functools.cache
+def _triton_for(kind: type[Recipe], device: torch.device, backend: Backend) -> bool:
     if backend not in ("auto", "reference", "triton"):
         raise SettingError(f"backend is {backend!r}; expected 'auto', 'reference' or 'triton'")
-    applies = isinstance(recipe, BlockFP8 | Int4) and tensor.is_cuda
+    applies = kind in (BlockFP8, Int4) and device.type == "cuda"
     if backend == "triton" and not applies:
         raise SettingError(
-            f'backend="triton" got {type(recipe).__name__} on {tensor.device.type}; expected '
+            f'backend="triton" got {kind.__name__} on {device.type}; expected '
             'BlockFP8 or Int4 on CUDA; or backend="auto"'
         )
     if backend == "reference" or not applies:
         return False
-    if isinstance(recipe, BlockFP8) and not has_fp8_cores(tensor.device):
-        why = f"{tensor.device} is older than compute capability 8.9, where Triton has no FP8"
+    if kind is BlockFP8 and not has_fp8_cores(device):
+        why = f"{device} is older than compute capability 8.9, where Triton has no FP8"
         if backend == "triton":
             raise SettingError(f'{why}; expected backend="auto", which rounds in plain PyTorch')
         warn_once(f"block FP8 is rounded in plain PyTorch, which is slow: {why}")
@@ -340,8 +391,8 @@ def _check_finite(scale: Tensor, tensor: Tensor, role: Role, name: str | None) -
     what, bad = _what(role, name), (~torch.isfinite(tensor)).nonzero()
     if not len(bad):
         raise NonFiniteError(
-            f"{what} is finite, but its scales are beyond the range of {scale.dtype}; expected "
-            "smaller numbers, or scales of float32"
+            f"{what} is finite, but its scales are beyond the range of {scale.dtype}, or a weight "
+            "under the same global scale is not; expected smaller numbers, or scales of float32"
         )
     raise NonFiniteError(
         f"{what} holds {len(bad)} NaN or infinite of {tensor.numel()} values, the first at "

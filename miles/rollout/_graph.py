@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGraphs"]
+__all__ = ["DecodeGraphs", "Outputs"]
 
-Outputs = tuple[Tensor, Tensor | None]
-Shape = tuple[int, int]
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+Shape = tuple[int, int, int]
 
 MAX_GRAPHS = 256
 
@@ -23,7 +23,7 @@ class DecodeGraphs:
     replay returns is overwritten by the next one.
     """
 
-    def __init__(self, step: Callable[[int, int], Outputs]) -> None:
+    def __init__(self, step: Callable[[int, int, int], Outputs]) -> None:
         self._step = step
         self._usable = True
         self.forget()
@@ -34,18 +34,17 @@ class DecodeGraphs:
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self._pool = torch.cuda.graph_pool_handle()  # one for all, since no two run at a time
 
-    def __call__(self, *shape: int) -> Outputs:
-        num_rows, num_keys = shape
-        key = (num_rows, num_keys)
-        if key not in self._graphs:
-            if not self._usable or key not in self._seen or len(self._graphs) >= MAX_GRAPHS:
-                self._seen.add(key)
-                return self._step(num_rows, num_keys)
+    def __call__(self, num_rows: int, num_keys: int, width: int) -> Outputs:
+        shape = (num_rows, num_keys, width)
+        if shape not in self._graphs:
+            if not self._usable or shape not in self._seen or len(self._graphs) >= MAX_GRAPHS:
+                self._seen.add(shape)
+                return self._step(*shape)
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads (a trainer's) may go on with their own CUDA calls meanwhile.
                 with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-                    outputs = self._step(num_rows, num_keys)
+                    outputs = self._step(*shape)
             except Exception as error:  # whatever a capture forbids; the step shows its own errors
                 self._usable = False
                 warnings.warn(
@@ -54,8 +53,8 @@ class DecodeGraphs:
                     stacklevel=2,
                 )
                 torch.cuda.synchronize()
-                return self._step(num_rows, num_keys)
-            self._graphs[key] = graph, outputs
-        graph, outputs = self._graphs[key]
+                return self._step(*shape)
+            self._graphs[shape] = graph, outputs
+        graph, outputs = self._graphs[shape]
         graph.replay()
         return outputs

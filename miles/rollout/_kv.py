@@ -1,7 +1,7 @@
 """Key/value memory of the embedded engine: which rows of which forward pass belong to whom.
 
-Shapes: U distinct prompts, L padded prompt length, R rows of a decoding step, V vocabulary
-entries.
+Shapes: U distinct prompts, L padded prompt length, R rows of a decoding step, W tokens that a row
+processes in it, V vocabulary entries, F features of a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from miles.moe._ids import storage
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
-from miles.rollout._graph import DecodeGraphs
+from miles.rollout._features import FeatureTap
+from miles.rollout._graph import DecodeGraphs, Outputs
 
 __all__ = ["KVMemory", "RequestMemory", "SlotMemory", "supports_slots"]
 
@@ -86,6 +87,10 @@ class SlotMemory:
     A decoding step runs rows `0..R-1` with R rounded up to a tile, so that the shape of the
     arithmetic, and with it every bit of a row's result, does not depend on who else is there (where
     the kernels themselves keep rows apart).
+
+    A pass may process several tokens of a row, of which the engine keeps the first ones: what the
+    others wrote is overwritten before it is looked at. So there is room for `max_proposed` tokens
+    more than the context holds.
     """
 
     def __init__(
@@ -97,18 +102,24 @@ class SlotMemory:
         max_context: int,
         row_tile: int,
         cuda_graphs: bool,
+        tap: FeatureTap | None = None,
+        max_proposed: int = 0,
     ) -> None:
-        self._model, self._row_tile = model, row_tile
+        self._model, self._row_tile, self._tap = model, row_tile, tap
+        self.features: Tensor | None = None
+        """What `tap` read in the last pass: `[U, L, F]` of a prefill, `[R, W, F]` of a step."""
         config: Any = model.config
         self._eager = config.get_text_config(decoder=True)._attn_implementation == "eager"
         num_layers = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
         num_rows = _round_up(num_slots, row_tile)
-        self._layers = [_SlotLayer(num_rows, max_context) for _ in range(num_layers)]
+        self._room = max_context + max_proposed
+        self._layers = [_SlotLayer(num_rows, self._room) for _ in range(num_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._recorder, self._max_context = recorder, max_context
-        device = _device(model)
+        self.device = device = _device(model)
         self._every_row = torch.arange(num_rows, device=device)
         self._inputs = torch.zeros((3, num_rows), dtype=torch.int64, device=device)
+        self._proposed = torch.zeros((num_rows, max_proposed), dtype=torch.int64, device=device)
         self._graphs = DecodeGraphs(self._step) if device.type == "cuda" and cuda_graphs else None
         self._graphed_keys = 0
         # A wider tile means fewer graphs; what it adds to attention is nothing beside a launch.
@@ -132,10 +143,15 @@ class SlotMemory:
             layer.write_rows(rows, targets)
         # Causal attention never looks right, so padding there needs no mask.
         last_U = torch.tensor(lengths, device=device) - 1
-        with _only_positions(self._model, last_U), _recording(self._recorder) as recorded:
+        with (
+            _only_positions(self._model, last_U),
+            _recording(self._recorder) as recorded,
+            _reading(self._tap) as read,
+        ):
             logits_UV = self._forward(
                 ids_UL.to(device), torch.arange(width, device=device)[None], None
-            )
+            )[:, -1]
+        self.features = read[0] if read else None
         if not recorded:
             return logits_UV, None
         tape = _tape(self._recorder, recorded)
@@ -148,35 +164,60 @@ class SlotMemory:
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:
+        logits_R1V, ids_R1MK = self.verify(slots, tokens, positions, None)
+        return logits_R1V[:, 0], None if ids_R1MK is None else ids_R1MK[:, 0]
+
+    def verify(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        proposed_RK: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`decode`, and in the same pass K further tokens a slot: W = K + 1.
+
+        Returns logits `[R, W, V]`, and expert ids `[R, W, M, K]`, K experts of a token here.
+        """
+        width = 1 if proposed_RK is None else 1 + proposed_RK.shape[1]
         num_rows = _round_up(max(slots) + 1, self._row_tile)
-        num_keys = min(_round_up(max(positions) + 1, self._key_tile), self._max_context)
+        num_keys = min(_round_up(max(positions) + width, self._key_tile), self._room)
         inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
         index = torch.tensor(slots)
         inputs[0, index] = torch.tensor(tokens)
         inputs[1, index] = torch.tensor(positions)
         inputs[2, : len(slots)] = index
         self._inputs[:, :num_rows].copy_(inputs)
+        own = self._inputs[2, : len(slots)]
+        if proposed_RK is not None:
+            self._proposed[own, : width - 1] = proposed_RK
         for layer in self._layers:
             layer.reserve(num_keys)
         step = self._step if self._graphs is None else self._graphs
         if self._graphs is not None and self._graphed_keys != (held := self._layers[0].num_keys):
             self._graphs.forget()
             self._graphed_keys = held
-        logits_RV, ids = step(num_rows, num_keys)
-        # Indexing also saves the ids from the next step, which may write where they are.
-        own = self._inputs[2, : len(slots)]
-        return logits_RV[own], None if ids is None else _stored(self._recorder, ids[own])
+        logits_RWV, ids, features_RWF = step(num_rows, num_keys, width)
+        # Indexing also saves them from the next step, which may write where they are.
+        self.features = None if features_RWF is None else features_RWF[own]
+        if ids is not None:
+            ids = _stored(self._recorder, ids.unflatten(0, (num_rows, width))[own])
+        return logits_RWV[own], ids
 
-    def _step(self, num_rows: int, num_keys: int) -> tuple[Tensor, Tensor | None]:
-        """The device's work of `decode`, from `_inputs` to logits and expert ids of every row."""
-        ids_R, positions_R, _ = self._inputs[:, :num_rows]
+    def _step(self, num_rows: int, num_keys: int, width: int) -> Outputs:
+        """The device's work of `verify`, from `_inputs` and `_proposed` to what it returns."""
+        ids_RW, positions_RW = self._inputs[:2, :num_rows, None]
+        if width > 1:
+            ids_RW = torch.cat([ids_RW, self._proposed[:num_rows, : width - 1]], dim=1)
+            positions_RW = positions_RW + torch.arange(width, device=ids_RW.device)
         for layer in self._layers:
-            layer.write_tokens(self._every_row[:num_rows], positions_R, num_keys)
-        visible = torch.arange(num_keys, device=positions_R.device) <= positions_R[:, None]
-        mask = self._mask(visible[:, None, None])
-        with _recording(self._recorder) as recorded:
-            logits_RV = self._forward(ids_R[:, None], positions_R[:, None], mask)
-        return logits_RV, recorded[0] if recorded else None
+            layer.write_tokens(self._every_row[:num_rows], positions_RW, num_keys)
+        visible = torch.arange(num_keys, device=ids_RW.device) <= positions_RW[..., None]
+        mask = self._mask(visible[:, None])
+        if width > 1:  # what is proposed beyond the context is not kept, but has to be computed
+            positions_RW = positions_RW.clamp(max=self._max_context - 1)
+        with _recording(self._recorder) as recorded, _reading(self._tap) as read:
+            logits_RWV = self._forward(ids_RW, positions_RW, mask)
+        return logits_RWV, recorded[0] if recorded else None, read[0] if read else None
 
     def worth_moving(self, highest: int, active: int) -> bool:
         return _round_up(highest + 1, self._row_tile) > _round_up(active, self._row_tile)
@@ -200,8 +241,8 @@ class SlotMemory:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits_RV: Tensor = out.logits[:, -1]
-        return logits_RV
+        logits: Tensor = out.logits
+        return logits
 
     def _mask(self, visible: Tensor) -> Tensor:
         if not self._eager:
@@ -227,9 +268,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Next: row `rows[i]` of the batch goes to slot `slots[i]`, from position 0."""
         self._prefill, self._tokens = (rows, slots), None
 
-    def write_tokens(self, rows_R: Tensor, positions_R: Tensor, num_keys: int) -> None:
-        """Next: one token for each of the first R slots; attention sees `num_keys` positions."""
-        self._prefill, self._tokens, self._num_keys = None, (rows_R, positions_R), num_keys
+    def write_tokens(self, rows_R: Tensor, positions_RW: Tensor, num_keys: int) -> None:
+        """Next: W tokens for each of the first R slots; attention sees `num_keys` positions."""
+        self._prefill, self._tokens, self._num_keys = None, (rows_R, positions_RW), num_keys
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -247,12 +288,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             values[slots, :, :width] = value_states[rows, :, :width]
             return key_states, value_states
         assert self._tokens is not None
-        rows_R, positions_R = self._tokens
+        rows_R, positions_RW = self._tokens
         num_rows = rows_R.shape[0]
         assert self._rectangles is not None  # a prefill came first
         keys, values = self._rectangles
-        keys[rows_R, :, positions_R] = key_states[:, :, 0]
-        values[rows_R, :, positions_R] = value_states[:, :, 0]
+        keys[rows_R[:, None], :, positions_RW] = key_states.transpose(1, 2)
+        values[rows_R[:, None], :, positions_RW] = value_states.transpose(1, 2)
         return keys[:num_rows, :, : self._num_keys], values[:num_rows, :, : self._num_keys]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -364,6 +405,10 @@ class RequestMemory:
 
 def _recording(recorder: RoutingReplay | None) -> AbstractContextManager[list[Tensor]]:
     return contextlib.nullcontext([]) if recorder is None else recorder._record_ids()
+
+
+def _reading(tap: FeatureTap | None) -> AbstractContextManager[list[Tensor]]:
+    return contextlib.nullcontext([]) if tap is None else tap.reading()
 
 
 def _stored(recorder: RoutingReplay | None, ids: Tensor) -> Tensor:

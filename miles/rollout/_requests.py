@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from miles.errors import EmptyBatchError, RoutingError
+from miles.errors import EmptyBatchError, NonFiniteError, RoutingError
+from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
 from miles.rollout._routing import StepRow, rows_of
 from miles.rollout._sampling import Draws
 from miles.rollout.sample import Sample, SamplingParams, Status
 
-__all__ = ["Request", "new_sample", "resolve", "seed_of"]
+__all__ = ["Request", "fit_routing", "new_sample", "resolve", "seed_of"]
 
 
 @dataclass(eq=False)
@@ -32,6 +34,8 @@ class Request:
     """What its first pass here adds to the routing that its sample came with."""
     step_routing: list[StepRow] = field(default_factory=list)
     """Where the rows of the tokens that it generated are."""
+    speculative: dict[str, int] | None = None
+    """`SpeculativeStats` as numbers that can be sent; None without a draft."""
     future: Future[Sample] = field(default_factory=Future)
 
     @property
@@ -39,8 +43,43 @@ class Request:
         """Whether it needs no further token."""
         return self.ending[0] is not Status.PENDING
 
-    def complete_routing(self) -> None:
-        """Append what was recorded here to what the sample came with; a fault is its error."""
+    def take(self, token: int, logprob: float, *, weight_version: int, max_context: int) -> None:
+        """Append what was sampled, and end where it has to."""
+        if not math.isfinite(logprob):
+            self.fail(
+                NonFiniteError(
+                    f"the logits for token {len(self.sample.tokens)} of {self.request_id} are NaN "
+                    f"or infinite; look at the weights of version {weight_version}"
+                )
+            )
+            return
+        self.sample._append_sampled(token, logprob, weight_version)
+        self.num_generated += 1
+        if token in self.stop:
+            self.ending = (Status.COMPLETED, "stop")
+        elif (
+            self.num_generated >= self.params.max_new_tokens
+            or len(self.sample.tokens) >= max_context
+        ):
+            self.ending = (Status.TRUNCATED, "length")
+        elif self.future.cancelled():
+            self.ending = (Status.ABORTED, "cancelled")
+
+    def fail(self, error: Exception) -> None:
+        """End with this error."""
+        self.error = error
+        self.ending = (Status.FAILED, "error")
+
+    def complete(self, status: Status, reason: str) -> None:
+        """Make the sample whole; a fault of its routing is the request's error."""
+        self.sample.status = status
+        self.sample.metadata["finish_reason"] = reason
+        if self.speculative is not None:
+            self.sample.metadata["speculative"] = self.speculative
+        self._complete_routing()
+
+    def _complete_routing(self) -> None:
+        """Append what was recorded here to what the sample came with."""
         if self.prompt_routing is None:
             return
         kept = [] if self.sample.routing is None else [self.sample.routing]
@@ -80,3 +119,18 @@ def new_sample(prompt: Sequence[int]) -> Sample:
     if not len(prompt):
         raise EmptyBatchError("the prompt has no token; expected at least one")
     return Sample(tokens=[int(token) for token in prompt])
+
+
+def fit_routing(sample: Sample, model: RoutingReplay) -> None:
+    """Check the routing that a sample to resume came with."""
+    if sample.routing is None:
+        return
+    if sample.routing.num_experts_inferred:
+        sample.routing = sample.routing.with_num_experts(model.num_experts)
+    got = (sample.routing.num_layers, sample.routing.topk, sample.routing.num_experts)
+    expected = (len(model.layers), model.topk, model.num_experts)
+    if got != expected:
+        raise RoutingError(
+            f"the sample's routing has (layers, topk, experts) {got}; expected {expected}, "
+            "as this model; set sample.routing = None to record it anew"
+        )

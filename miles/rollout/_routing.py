@@ -66,10 +66,12 @@ class StepRouting:
 def rows_of(like: RoutingTape, noted: Sequence[StepRow]) -> RoutingTape:
     """The rows of one request as a tape like another of its model, with their spans."""
     parts, spans, end = [], [], 0
-    for (steps, row, version), run in itertools.groupby(
-        noted, lambda one: (one.steps, one.row, one.weight_version)
+    # Between two that follow each other there may be steps whose tokens were not kept.
+    for (steps, _, row, version), run in itertools.groupby(
+        enumerate(noted),
+        lambda one: (one[1].steps, one[1].step - one[0], one[1].row, one[1].weight_version),
     ):
-        first, *others = run
+        (_, first), *others = run
         count = 1 + len(others)
         parts.append(steps.read()[first.step : first.step + count, row])
         spans.append(RoutingSpan(end, end + count, version))

@@ -10,6 +10,7 @@ from miles.errors import EngineError, NonFiniteError, RoutingError
 from miles.moe.tape import RoutingTape
 from miles.rollout._sglang_api import Answer, Meta, version_number
 from miles.rollout.sample import Sample, Span, Status
+from miles.rollout.speculative.stats import SpeculativeStats
 
 __all__ = ["RoutingLayout", "SpeculativeStats", "complete"]
 
@@ -84,51 +85,6 @@ class RoutingLayout:
         return RoutingTape.unrecorded(
             num_tokens, num_layers=layers, topk=self.topk, num_experts=self.num_experts
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeculativeStats:
-    """What a draft model saved, whatever the server's version calls it."""
-
-    num_verify_steps: int
-    """Steps of the target model."""
-    num_proposed: int
-    """Draft tokens that it judged."""
-    num_accepted: int
-    """Draft tokens that it kept, without the bonus token of each step."""
-    num_tokens: int
-    """Tokens that came out."""
-
-    @property
-    def accept_rate(self) -> float:
-        """Kept draft tokens by judged ones."""
-        return self.num_accepted / self.num_proposed if self.num_proposed else 0.0
-
-    @property
-    def accept_length(self) -> float:
-        """Tokens a step, the bonus token too."""
-        return self.num_tokens / self.num_verify_steps if self.num_verify_steps else 0.0
-
-    @classmethod
-    def from_meta(cls, meta: Meta, num_tokens: int) -> SpeculativeStats | None:
-        """Out of `meta_info`; None if nothing was speculated."""
-        accepted = _first(
-            meta.spec_num_correct_drafts, meta.spec_accepted_drafts, meta.spec_accept_token_num
-        )
-        proposed = _first(
-            meta.spec_num_proposed_drafts, meta.spec_proposed_drafts, meta.spec_draft_token_num
-        )
-        if accepted is None or proposed is None:
-            return None
-        steps = meta.spec_verify_ct or 0
-        return cls(
-            num_verify_steps=steps, num_proposed=proposed, num_accepted=accepted,
-            num_tokens=num_tokens,
-        )  # fmt: skip
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
 
 
 def complete(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from miles.errors import EngineError, MissingExtraError, SettingError
@@ -21,10 +24,12 @@ __all__ = [
     "ModelInfo",
     "ServerInfo",
     "check_sampling",
+    "check_tokens",
     "decode",
     "encode",
     "features_of",
     "version_number",
+    "vocab_size_of",
 ]
 
 KNOWN_VERSIONS = ("0.5.17", "0.5.18", "0.5.19", "0.5.21", "0.5.22", "0.5.23")
@@ -140,6 +145,60 @@ def check_sampling(sampling: Mapping[str, Any], *, sampling_mask: bool) -> None:
                 "from a changed distribution, and SGLang returns log-probs of the unchanged "
                 f"softmax(logits / temperature); {advice}"
             )
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int | None) -> None:
+    """Refuse ids that the model has no embedding for: SGLang does not look, and its GPU dies.
+
+    Args:
+        tokens: what is to be sent.
+        vocab_size: how many ids there are; None: not known, so only negative ones are refused.
+
+    Raises:
+        SettingError: naming the id and its place.
+
+    Example:
+        >>> from miles.rollout._sglang_api import check_tokens
+        >>> check_tokens([3, 32], 32)
+        Traceback (most recent call last):
+        ...
+        miles.errors.SettingError: token 1 of the prompt is 32; expected an id in 0..31, ...
+    """
+    highest = max(tokens, default=0)
+    if min(tokens, default=0) >= 0 and (vocab_size is None or highest < vocab_size):
+        return
+    at, bad = next(
+        (at, token)
+        for at, token in enumerate(tokens)
+        if token < 0 or (vocab_size is not None and token >= vocab_size)
+    )
+    expected = "0 or more" if vocab_size is None else f"in 0..{vocab_size - 1}"
+    raise SettingError(
+        f"token {at} of the prompt is {bad}; expected an id {expected}, since another one would "
+        "end the server with all its requests. Look at the tokenizer, and at the vocab_size= of "
+        "the engine if it was given"
+    )
+
+
+def vocab_size_of(model_path: str) -> int | None:
+    """How many token ids a model folder's `config.json` tells of.
+
+    Args:
+        model_path: as the server tells it: a folder that can be read here, or anything else; ""
+            if it does not.
+
+    Returns:
+        Its vocabulary, that of the language model where there are several; None: not known.
+    """
+    if not model_path:
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no such folder here, or no such file there
+        config = json.loads(Path(model_path, "config.json").read_text())
+        for part in (config.get("text_config"), config) if isinstance(config, dict) else ():
+            size = part.get("vocab_size") if isinstance(part, dict) else None
+            if isinstance(size, int) and size > 0:
+                return size
+    return None
 
 
 class ServerInfo(msgspec.Struct):

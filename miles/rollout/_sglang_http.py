@@ -25,6 +25,7 @@ from miles.rollout._sglang_api import (
     encode,
     features_of,
     version_number,
+    vocab_size_of,
 )
 
 try:
@@ -123,6 +124,7 @@ class Server:
         self.weight_version = 0
         self.in_flight = 0
         self.info = ServerInfo(version="unknown")
+        self.vocab_size: int | None = None
         self.features: Features | None = None
         self.probing = asyncio.Lock()
         self._keys = (api_key, admin_api_key or api_key)
@@ -177,6 +179,8 @@ class Server:
                 "failed; expected 0 or more; wait for it, or push again"
             )
         self.weight_version = version
+        if self.vocab_size is None:  # weights that came from a folder later may be without one
+            self.vocab_size = vocab_size_of(info.model_path)
         return version
 
     async def generate(self, body: Mapping[str, Any]) -> Answer:

@@ -49,6 +49,11 @@ class Servers:
         return all(server.info.enable_deterministic_inference for server in self._servers)
 
     @property
+    def vocab_size(self) -> int | None:
+        """Token ids that all of them know, as far as they tell."""
+        return min((s.vocab_size for s in self if s.vocab_size is not None), default=None)
+
+    @property
     def updating(self) -> bool:
         """Whether one gets no requests only until its new weights are there."""
         return any(server.updating for server in self)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import threading
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,23 +20,23 @@ from torch import Tensor, nn
 
 from miles.errors import (
     EngineError,
-    MissingExtraError,
-    NonFiniteError,
     PromptTooLongError,
-    RoutingError,
     SettingError,
     StopTokenError,
-    UnsupportedModelError,
 )
-from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
-from miles.rollout._requests import Request, new_sample, resolve, seed_of
+from miles.rollout._model import eos_of, memory_of, recorder_of
+from miles.rollout._requests import Request, fit_routing, new_sample, resolve, seed_of
 from miles.rollout._routing import StepRouting
 from miles.rollout._sampling import Draws, draw
 from miles.rollout.sample import Sample, SamplingParams, Status
+from miles.rollout.speculative.draft import Draft
 
 if TYPE_CHECKING:
     from miles.rollout._kv import KVMemory
+    from miles.rollout._speculation import Speculation, StepController
+    from miles.rollout.speculative.cost import CostSample
+    from miles.rollout.speculative.stats import AcceptanceStats
 
 __all__ = ["HFEngine"]
 
@@ -67,6 +65,14 @@ class HFEngine:
             the kernels' rounding.
         cuda_graphs: on a CUDA device, capture decoding steps as CUDA graphs, one for each shape.
             Call `commit_weights` (or a syncer) after moving the model's parameters to other memory.
+        draft: proposes tokens that the model then judges, several in one pass. Answers come from
+            the model's own distribution, with its log-probs and routing; with the same seed they
+            are other answers than without a draft, save at temperature 0.
+            `sample.metadata["speculative"]` holds the counts of `SpeculativeStats`.
+        draft_steps: most tokens that the draft proposes in a step.
+        controller: says how many in each step, as `DraftController` does: `choose(batch)` before
+            it, 0 for a step without the draft, and `observe(AcceptanceStats)` after it; None takes
+            `draft_steps`.
 
     Example:
         >>> import asyncio
@@ -93,9 +99,16 @@ class HFEngine:
         weight_version: int = 0,
         row_tile: int = 16,
         cuda_graphs: bool = True,
+        draft: Draft | None = None,
+        draft_steps: int = 3,
+        controller: StepController | None = None,
     ) -> None:
         if max_batch < 1:
             raise SettingError(f"max_batch is {max_batch}; expected 1 or more")
+        if draft_steps < 1:
+            raise SettingError(f"draft_steps is {draft_steps}; expected 1 or more")
+        if controller is not None and draft is None:
+            raise SettingError("controller= was given without a draft; expected draft= with it")
         self.model = model.eval()
         config: Any = model.config
         text_config = config.get_text_config(decoder=True)
@@ -106,14 +119,24 @@ class HFEngine:
                 f"{type(model).__name__} declares no longest context; expected max_context=..."
             )
         self._max_context = limit if max_context is None else min(max_context, limit)
-        self._eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
+        self._eos = frozenset(eos_of(model) if eos_token_ids is None else eos_token_ids)
         self._check_stop_tokens(self._eos)
-        self._recorder = _recorder(model, record_routing)
+        self._recorder = recorder_of(model, record_routing)
         self._step_routing = StepRouting()
-        self._memory = _memory(
-            model, self._recorder, num_slots=max_batch, max_context=self._max_context,
-            row_tile=row_tile, cuda_graphs=cuda_graphs,
+        sizes = {"num_slots": max_batch, "max_context": self._max_context}
+        memory: Any = memory_of(
+            model, self._recorder, draft=draft, draft_steps=draft_steps, row_tile=row_tile,
+            cuda_graphs=cuda_graphs, **sizes,
         )  # fmt: skip
+        self._memory: KVMemory = memory
+        self._speculation: Speculation | None = None
+        if draft is not None:
+            from miles.rollout._speculation import Speculation
+
+            self._speculation = Speculation(
+                draft, memory, self._step_routing, vocab_size=self._vocab_size,
+                num_steps=draft_steps, controller=controller, **sizes,
+            )  # fmt: skip
         self._version = weight_version
         self._ids = itertools.count()
         self._queue: deque[Request] = deque()
@@ -179,6 +202,8 @@ class HFEngine:
             num_generated=sample.num_generated_tokens,
         )
         sample.metadata.update(request_id=request.request_id, seed=request.draws.seed)
+        if self._speculation is not None:
+            request.speculative = self._speculation.before(sample)
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed; make a new one")
@@ -223,6 +248,27 @@ class HFEngine:
         resolve(ended)
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
+
+    def acceptance(self) -> AcceptanceStats:
+        """How all steps so far with the draft went, by place in the draft.
+
+        Raises:
+            SettingError: the engine has no draft.
+        """
+        if self._speculation is None:
+            raise SettingError("the engine has no draft; expected HFEngine(..., draft=...)")
+        return self._speculation.acceptance
+
+    def step_costs(self) -> list[CostSample]:
+        """How long steps took lately, for `CostModel.fit`: the median of each kind and size.
+
+        Raises:
+            SettingError: the engine has no draft.
+        """
+        if self._speculation is None:
+            raise SettingError("the engine has no draft; expected HFEngine(..., draft=...)")
+        with self._between_steps():
+            return self._speculation.costs.samples()
 
     def weight_tensors(self) -> Mapping[str, Tensor]:
         """The live parameters and buffers by name; of tied ones, the first name."""
@@ -301,6 +347,9 @@ class HFEngine:
         if not running:
             return
         self._compact()
+        if self._speculation is not None:
+            self._speculation.step(running, self._version)
+            return
         tokens = [r.sample.tokens[-1] for r in running]
         positions = [len(r.sample.tokens) - 1 for r in running]
         logits_RV, ids_RMK = self._memory.decode([r.slot for r in running], tokens, positions)
@@ -335,6 +384,8 @@ class HFEngine:
                 self._note_prompt_routing(tape, group)
         rows = [index for index, group in enumerate(groups) for _ in group]
         self._sample([r for group in groups for r in group], logits_UV[rows])
+        if self._speculation is not None:
+            self._speculation.begin(groups)
 
     def _note_prompt_routing(self, tape: RoutingTape, group: list[Request]) -> None:
         """Give requests with one prompt the rows of its pass, in memory that they share.
@@ -357,25 +408,9 @@ class HFEngine:
         draws = [r.draws[r.num_generated] for r in requests]
         tokens, logprobs = draw(logits_RV, temperatures, draws)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            if not math.isfinite(logprob):
-                request.error = NonFiniteError(
-                    f"the logits for token {len(request.sample.tokens)} of {request.request_id} "
-                    "are NaN or infinite; look at the weights of version "
-                    f"{self._version}"
-                )
-                request.ending = (Status.FAILED, "error")
-                continue
-            request.sample._append_sampled(token, logprob, self._version)
-            request.num_generated += 1
-            if token in request.stop:
-                request.ending = (Status.COMPLETED, "stop")
-            elif (
-                request.num_generated >= request.params.max_new_tokens
-                or len(request.sample.tokens) >= self._max_context
-            ):
-                request.ending = (Status.TRUNCATED, "length")
-            elif request.future.cancelled():
-                request.ending = (Status.ABORTED, "cancelled")
+            request.take(
+                token, logprob, weight_version=self._version, max_context=self._max_context
+            )
 
     def _compact(self) -> None:
         """Move requests from high slots to free low ones, so that a step runs few rows."""
@@ -383,6 +418,8 @@ class HFEngine:
             low = self._free[-1]
             request = self._active.pop(top)
             self._memory.move(top, low, len(request.sample.tokens))
+            if self._speculation is not None:
+                self._speculation.move(request, low)
             self._free[-1] = top
             self._free.sort(reverse=True)
             request.slot = low
@@ -393,14 +430,13 @@ class HFEngine:
         if self._active.get(request.slot) is request:
             del self._active[request.slot]
             self._memory.free(request.slot)
+            if self._speculation is not None:
+                self._speculation.free(request)
             self._free.append(request.slot)
             self._free.sort(reverse=True)
         else:
             self._queue.remove(request)
-        sample = request.sample
-        sample.status = status
-        sample.metadata["finish_reason"] = reason
-        request.complete_routing()
+        request.complete(status, reason)
 
     def _check(self, sample: Sample, params: SamplingParams) -> None:
         outside = [t for t in sample.tokens if not 0 <= t < self._vocab_size]
@@ -419,17 +455,8 @@ class HFEngine:
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
         self._check_stop_tokens(params.stop_token_ids)
-        if sample.routing is not None and self._recorder is not None:
-            if sample.routing.num_experts_inferred:
-                sample.routing = sample.routing.with_num_experts(self._recorder.num_experts)
-            got = (sample.routing.num_layers, sample.routing.topk, sample.routing.num_experts)
-            model = self._recorder
-            expected = (len(model.layers), model.topk, model.num_experts)
-            if got != expected:
-                raise RoutingError(
-                    f"the sample's routing has (layers, topk, experts) {got}; expected {expected}, "
-                    "as this model; set sample.routing = None to record it anew"
-                )
+        if self._recorder is not None:
+            fit_routing(sample, self._recorder)
 
     def _check_stop_tokens(self, tokens: Iterable[int]) -> None:
         unknown = sorted(t for t in tokens if not 0 <= t < self._vocab_size)
@@ -438,37 +465,3 @@ class HFEngine:
                 f"stop tokens {unknown} are not in the vocabulary; expected "
                 f"0..{self._vocab_size - 1}"
             )
-
-
-def _eos(model: nn.Module) -> list[int]:
-    eos: Any = getattr(model.generation_config, "eos_token_id", None)
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else list(eos)
-
-
-def _recorder(model: nn.Module, record_routing: bool | str) -> RoutingReplay | None:
-    if not record_routing:
-        return None
-    try:
-        return RoutingReplay(model)
-    except UnsupportedModelError:
-        if record_routing == "auto":
-            return None
-        raise
-
-
-def _memory(model: nn.Module, recorder: RoutingReplay | None, **settings: Any) -> KVMemory:
-    try:
-        from miles.rollout import _kv
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
-    reason = _kv.supports_slots(model)
-    if reason is None:
-        return _kv.SlotMemory(model, recorder, **settings)
-    warnings.warn(
-        f"{type(model).__name__} runs one request at a time, not as a batch, because {reason}; "
-        "results are the same, throughput is lower",
-        stacklevel=3,
-    )
-    return _kv.RequestMemory(model, recorder)

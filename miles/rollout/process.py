@@ -113,12 +113,12 @@ class EngineProcess:
         sample = prompt if isinstance(prompt, Sample) else new_sample(prompt)
         number = next(self._ids)
         name = f"request-{number}" if request_id is None else request_id
-        # Metadata stays here, whatever it holds; the engine needs the seed to go on with.
-        seed = {key: value for key, value in sample.metadata.items() if key == "seed"}
+        # Metadata stays here, whatever it holds; the engine needs these to go on with.
+        needed = {k: v for k, v in sample.metadata.items() if k in ("seed", "speculative")}
         request = Message(
             number,
             "generate",
-            sample=_wire.sample_to_wire(sample) | {"metadata": seed},
+            sample=_wire.sample_to_wire(sample) | {"metadata": needed},
             params=_wire.params_to_wire(params),
             request_id=name,
         )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from miles.errors import EngineError, SettingError
 from miles.rollout._requests import new_sample, seed_of
 from miles.rollout._sglang_answer import RoutingLayout, SpeculativeStats
-from miles.rollout._sglang_api import check_sampling
+from miles.rollout._sglang_api import check_sampling, check_tokens
 from miles.rollout._sglang_calls import Calls, How
 from miles.rollout._sglang_http import PauseMode, Server, ServerState
 from miles.rollout._sglang_servers import Servers
@@ -56,6 +56,10 @@ class SGLangEngine:
         return_sampling_mask: have the server renormalise log-probs after `top_p`, `top_k` and
             `min_p`, which are then allowed; `sample.metadata["sampling_mask"]` holds, for each
             token, which ones it was drawn from.
+        vocab_size: token ids there are. A prompt with another one is refused, because SGLang lets
+            it through to the GPU, which ends the server. None: what `config.json` in the server's
+            model folder says, if that folder can be read from here; otherwise it is not known, and
+            only negative ids are refused.
         pause_mode: what `pause` does with running requests: "in_place" keeps their caches,
             "retract" computes them anew after `resume`, "abort" ends them. May be set any time.
         api_key: what the servers were started with.
@@ -90,6 +94,7 @@ class SGLangEngine:
         routing: RoutingLayout | None = None,
         sampling: Mapping[str, Any] = MappingProxyType({}),
         return_sampling_mask: bool = False,
+        vocab_size: int | None = None,
         pause_mode: PauseMode = "in_place",
         api_key: str | None = None,
         admin_api_key: str | None = None,
@@ -107,6 +112,8 @@ class SGLangEngine:
             raise SettingError(f"urls is {urls}; expected one address or several different ones")
         if retries < 0:
             raise SettingError(f"retries is {retries}; expected 0 or more")
+        if vocab_size is not None and vocab_size < 1:
+            raise SettingError(f"vocab_size is {vocab_size}; expected 1 or more, or None")
         check_sampling(sampling, sampling_mask=return_sampling_mask)
         self.pause_mode: PauseMode = pause_mode
         how = How(
@@ -123,6 +130,7 @@ class SGLangEngine:
         ]  # fmt: skip
         self._servers = Servers(servers, assume_version=assume_version)
         self._calls = Calls(self._servers, how)
+        self._vocab_size = vocab_size
         self._ids = itertools.count()
         self._closed = self._warned_of_seed = False
         self._starting = threading.Lock()
@@ -187,6 +195,7 @@ class SGLangEngine:
                 f"the sample to resume has {sample.num_generated_tokens} generated tokens and "
                 f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
             )
+        check_tokens(sample.tokens, self._vocab_size or self._servers.vocab_size)
         seed = seed_of(sample, params)
         if seed is not None and not self._warned_of_seed and not self._servers.deterministic:
             self._warned_of_seed = True

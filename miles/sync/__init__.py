@@ -10,6 +10,7 @@ from miles.sync.names import MegatronNames, NameMap, NameRule, SGLangNames, fami
 from miles.sync.probe import ProbeReport, model_logprobs, probe
 from miles.sync.sglang import SGLangSyncer
 from miles.sync.shm import SharedMemoryReceiver, SharedMemorySyncer
+from miles.sync.weight_cache import SGLangWeightCacheSyncer
 
 __all__ = [
     "CollectiveReceiver",
@@ -26,6 +27,7 @@ __all__ = [
     "ProbeReport",
     "SGLangNames",
     "SGLangSyncer",
+    "SGLangWeightCacheSyncer",
     "SharedMemoryReceiver",
     "SharedMemorySyncer",
     "SyncReport",

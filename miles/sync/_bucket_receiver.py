@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import socket
 import time
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from miles.errors import SyncError
 from miles.protocols import WeightTarget
-from miles.sync._block_sums import BLOCK, block_sums
-from miles.sync._bucket_sender import HALVES, Piece, runs, slot_bytes
+from miles.sync._bucket_plan import Layout, runs, unpack
+from miles.sync._bucket_sender import HALVES, slot_bytes
+from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory, Region
-from miles.sync._plan import check_version, layout
-from miles.sync._session import Listener, Specs, describe, receive, send, specs_of
+from miles.sync._plan import check_version
+from miles.sync._session import Listener, describe, receive, send, specs_of
 
 __all__ = ["BucketReceiver"]
 
@@ -37,6 +39,7 @@ class BucketReceiver(Listener):
         self._memory, self._direct, self._alias = memory, direct, alias
         # Aliased, one is served while the other is written.
         self._staging: list[Region | None] = [None] * (2 if alias else 1)
+        self._idle: int | None = None  # the one of which nothing is served, if that is certain
         self._views: dict[int, dict[str, Tensor]] = {}
         super().__init__(target, address)
 
@@ -53,7 +56,7 @@ class BucketReceiver(Listener):
 
     def _converse(self, connection: socket.socket) -> None:
         hello = describe(self._target)
-        specs = specs_of(hello)
+        where = Layout(specs_of(hello))
         send(connection, hello | {"carrier": self._memory.carrier, "direct": self._direct})
         setup, fds = receive(connection)
         if setup is None:
@@ -68,7 +71,7 @@ class BucketReceiver(Listener):
                 send(connection, {"error": f"the receiver says: {error}"})
             return
         offered: set[int] = set()
-        arriving = _Arriving(specs, 0, torch.empty(0), None, size, {})
+        arriving = _Arriving(where, 0, -1, torch.empty(0, dtype=torch.uint8), None, size, {})
         while (message := receive(connection)[0]) is not None:
             if "bucket" in message:
                 arriving.take(message["bucket"], message["pieces"])
@@ -81,9 +84,10 @@ class BucketReceiver(Listener):
                 if "begin" in message:
                     version = int(message["begin"])
                     if check_version(version, self._target.weight_version):
-                        number, region = self._free(layout(specs, alignment=BLOCK)[1])
+                        number, region = self._free(where.nbytes)
                         views = self._views.setdefault(number, {})
-                        arriving = _Arriving(specs, version, region.bytes, slab, size, views)
+                        memory = region.bytes
+                        arriving = _Arriving(where, version, number, memory, slab, size, views)
                         reply: dict[str, Any] = {"buffer": number}
                         if not self._direct or number in offered:
                             region = None
@@ -101,6 +105,8 @@ class BucketReceiver(Listener):
 
     def _free(self, nbytes: int) -> tuple[int, Region]:
         """A staging buffer of which nothing is served."""
+        if self._idle is not None and (known := self._staging[self._idle]) is not None:
+            return self._idle, known
         live = [tensor.data_ptr() for tensor in self._target.weight_tensors().values()]
         for number, region in enumerate(self._staging):
             if region is None:
@@ -118,8 +124,10 @@ class BucketReceiver(Listener):
             raise SyncError(f"version {version} ends here; expected {arriving.version}")
         views = arriving.checked(buckets)
         loaded = time.perf_counter()
+        self._idle = None
         with self._memory.serving():
             self._target.commit_weights(views, version=version, alias=self._alias)
+        self._idle = 1 - arriving.buffer if self._alias else arriving.buffer
         arriving.version = -1  # a second commit of the same buckets is none
         self._memory.settle()  # what was served until now is written next
         committed = time.perf_counter() - loaded
@@ -134,32 +142,34 @@ class _Arriving:
 
     def __init__(
         self,
-        specs: Specs,
+        where: Layout,
         version: int,
+        buffer: int,
         memory: Tensor,
         slab: Tensor | None,
         bucket_bytes: int,
         views: dict[str, Tensor],
     ) -> None:
-        self.version = version
-        self._specs, self._slab, self._bucket_bytes = specs, slab, bucket_bytes
-        self._offsets, nbytes = layout(specs, alignment=BLOCK)
-        self._sizes = {n: dtype.itemsize * torch.Size(s).numel() for n, (s, dtype) in specs.items()}
-        self._data, self._sums = memory[:nbytes], memory[nbytes:].view(torch.int64)
-        self._covered = dict.fromkeys(specs, 0)
+        self.version, self.buffer = version, buffer
+        self._where, self._slab, self._bucket_bytes = where, slab, bucket_bytes
+        self._data = memory[: where.nbytes]
+        self._sums = memory[where.nbytes :].view(torch.int64)
+        self._covered = [0] * len(where.names)
         self._views = views  # kept from version to version
         self._placed: list[tuple[int, int, int]] = []
         self._next = 0
         self._wrong: str | None = None
 
-    def take(self, number: int, pieces: Sequence[Piece]) -> None:
+    def take(self, number: int, packed: Sequence[Sequence[int]]) -> None:
         """A bucket is there to be read."""
-        if self._wrong is None:
-            self._wrong = self._mistake(number, pieces)
         if self._wrong is not None:
             return
+        try:
+            placed = self._places(number, packed)
+        except SyncError as error:
+            self._wrong = f"{error}; push again"
+            return
         self._next += 1
-        placed = list(runs(pieces, self._offsets))
         self._placed += [(first, end, number) for first, end in placed]
         if self._slab is None:
             return
@@ -181,8 +191,10 @@ class _Arriving:
         """
         if self._wrong is not None:
             raise SyncError(self._wrong)
-        missing = [name for name, size in self._sizes.items() if self._covered[name] != size]
-        if buckets != self._next or missing:
+        where = self._where
+        if buckets != self._next or self._covered != where.sizes:
+            states = zip(where.names, self._covered, where.sizes, strict=True)
+            missing = [name for name, had, size in states if had != size]
             raise SyncError(
                 f"{self._next} of {buckets} buckets came, and {len(missing)} tensors are not "
                 f"whole: {missing[:8]}; push again"
@@ -191,37 +203,39 @@ class _Arriving:
         wrong = torch.nonzero(differ).flatten()
         if wrong.numel():
             at = int(wrong[0]) * BLOCK
-            name = next(n for n, first in reversed(self._offsets.items()) if first <= at)
+            tensor = bisect.bisect_right(where.offsets, at) - 1
             bucket = next(b for first, end, b in self._placed if first <= at < end)
             raise SyncError(
-                f"{name} arrived with another checksum, in bucket {bucket} at byte "
-                f"{at - self._offsets[name]} of the tensor; {wrong.numel()} blocks of {BLOCK} "
+                f"{where.names[tensor]} arrived with another checksum, in bucket {bucket} at byte "
+                f"{at - where.offsets[tensor]} of the tensor; {wrong.numel()} blocks of {BLOCK} "
                 "bytes differ; push again"
             )
         if not self._views:
-            self._views.update({name: self._view(name) for name in self._specs})
+            self._views.update(where.views(self._data))
         return dict(self._views)
 
-    def _mistake(self, number: int, pieces: Sequence[Piece]) -> str | None:
+    def _places(self, number: int, packed: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+        """Where a bucket's bytes belong; raises a SyncError for what cannot be."""
         if number != self._next:
             what = "was dropped" if number > self._next else "came twice, or too late"
             which = min(number, self._next) if number > self._next else number
-            return f"bucket {which} {what}: expected {self._next}, got {number}; push again"
+            raise SyncError(f"bucket {which} {what}: expected {self._next}, got {number}")
+        try:
+            pieces = list(unpack(packed, self._where))
+        except SyncError as error:
+            raise SyncError(f"bucket {number}: {error}") from error
         used = 0
-        for name, start, count in pieces:
-            here = f"bucket {number} has bytes {start} to {start + count} of {name}"
-            if name not in self._specs:
-                return f"{here}; the engine has no such tensor"
-            had, size = self._covered[name], self._sizes[name]
+        for tensor, start, count in pieces:
+            had, size = self._covered[tensor], self._where.sizes[tensor]
             if start != had or start % BLOCK or count < 0 or start + count > size:
-                return f"{here}; expected byte {had} of {size} next"
-            self._covered[name] = start + count
+                raise SyncError(
+                    f"bucket {number} has bytes {start} to {start + count} of "
+                    f"{self._where.names[tensor]}; expected byte {had} of {size} next"
+                )
+            self._covered[tensor] = start + count
             used += -(-count // BLOCK) * BLOCK
         if used > self._bucket_bytes:
-            return f"bucket {number} has {used} bytes; expected {self._bucket_bytes} at most"
-        return None
-
-    def _view(self, name: str) -> Tensor:
-        shape, dtype = self._specs[name]
-        first = self._offsets[name]
-        return self._data[first : first + self._sizes[name]].view(dtype).view(shape)
+            raise SyncError(
+                f"bucket {number} has {used} bytes; expected {self._bucket_bytes} at most"
+            )
+        return list(runs(pieces, self._where))

@@ -13,27 +13,31 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
-from miles.sync._block_sums import BLOCK, block_sums
+from miles.sync import _copies
+from miles.sync._bucket_plan import Layout, Piece, Share, pack, runs, shares
 from miles.sync._buckets import whole
+from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory
-from miles.sync._plan import check_version, layout, pair
+from miles.sync._plan import check_version, pair
 from miles.sync._session import Sender, Session, answer, send, specs_of
 
 __all__ = ["BucketSender", "slot_bytes"]
 
 HALVES = 2
-SMALL = 1 << 20
-"""Tensors of fewer bytes are copied together, where they may wait for each other."""
-Piece = tuple[str, int, int]
-"""A tensor's name, the first of its bytes, and how many."""
+_QUEUED = 4
+"""Buckets that may be under way before the first of them is waited for."""
+_ITEMS: Any = type({}.items())
+Weights = Iterable[tuple[str, Tensor]]
 
 
 def slot_bytes(bucket_bytes: int) -> int:
@@ -52,10 +56,10 @@ class BucketSender(Sender):
         super().__init__(address, timeout=timeout)
         self._memory, self._bucket_bytes = memory, bucket_bytes
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
+    def push(self, weights: Weights, *, version: int) -> SyncReport:
         """See `Sender.push`."""
         try:
-            with self._memory.scope():
+            with self._memory.scope(), torch.no_grad():
                 return super().push(weights, version=version)
         except BaseException:
             self.close()  # what was half sent is forgotten on both sides
@@ -78,15 +82,11 @@ class _BucketSession:
             )
         self._socket, self._memory, self._bucket_bytes = connection, memory, bucket_bytes
         self._version: int = hello["version"]
-        self._specs = specs_of(hello)
-        self._offsets, self._nbytes = layout(self._specs, alignment=BLOCK)
-        self._sizes = {
-            n: dtype.itemsize * torch.Size(s).numel() for n, (s, dtype) in self._specs.items()
-        }
+        self._layout = Layout(specs_of(hello))
+        self._num_bytes = sum(self._layout.sizes)
         self._staging: dict[int, Tensor] = {}
-        # Making a view takes longer than copying a small tensor; most are wanted again.
-        self._windows: dict[tuple[int | None, int, int, torch.dtype], Tensor] = {}
         self._slab: Tensor | None = None
+        self._order: tuple[list[str], list[Share]] = [], []
         setup: dict[str, Any] = {"bucket_bytes": bucket_bytes}
         if hello["direct"]:
             send(connection, setup)
@@ -96,52 +96,81 @@ class _BucketSession:
             send(connection, setup | {"slab": region.shared}, region.fds)
             region.close()
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int, start: float) -> SyncReport:
-        moved = copies = buckets = 0
-        phases: dict[str, float] = {}
-        if check_version(version, self._version) and self._begin(version):
-            bucket, later = _Bucket(self, version), isinstance(weights, Collection)
-            for name, shard in pair(weights, self._specs):
-                tensor = whole(shard, self._specs[name][1])
-                self._memory.check(name, tensor)
-                bucket.add(name, tensor, later=later)
-                moved += self._sizes[name]
-            bucket.close()
-            buckets = bucket.number
-            copies = moved * (1 if self._slab is None else 2)
-            packed = time.perf_counter()
-            send(self._socket, {"commit": version, "buckets": buckets})
-            reply = self._reply(version)
-            phases = {"gather": packed - start - bucket.waited, **reply["seconds"]}
-            total = time.perf_counter() - start
-            phases["send"] = total - sum(phases.values())
-            phases["pause"] = phases["commit"]  # the engine stops for nothing else
-            self._version = version
+    def push(self, weights: Weights, version: int, start: float) -> SyncReport:
+        if not check_version(version, self._version) or not self._begin(version):
+            return SyncReport(
+                version=version,
+                num_tensors=0,
+                num_bytes=0,
+                copied_bytes=0,
+                seconds=time.perf_counter() - start,
+            )
+        buckets = _Buckets(self, version)
+        if isinstance(weights, (list, tuple, _ITEMS)):
+            self._write_all(weights, buckets)
+        else:
+            self._write_one_by_one(weights, buckets)
+        buckets.close()
+        packed = time.perf_counter()
+        send(self._socket, {"commit": version, "buckets": buckets.number})
+        reply = self._reply(version)
+        phases = {"gather": packed - start - buckets.waited, **reply["seconds"]}
+        seconds = time.perf_counter() - start
+        phases["send"] = seconds - sum(phases.values())
+        phases["pause"] = phases["commit"]  # the engine stops for nothing else
+        self._version = version
         return SyncReport(
             version=version,
-            num_tensors=len(self._specs) if phases else 0,
-            num_bytes=moved,
-            copied_bytes=copies,
-            seconds=time.perf_counter() - start,
-            num_buckets=buckets,
+            num_tensors=len(self._layout.names),
+            num_bytes=self._num_bytes,
+            copied_bytes=self._num_bytes * (1 if self._slab is None else 2),
+            seconds=seconds,
+            num_buckets=buckets.number,
             phases=phases,
         )
 
-    def window(self, buffer: int | None, at: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Bytes of the slab (None) or of a staging buffer as one dimension of `dtype`."""
-        key = buffer, at, count, dtype
-        found = self._windows.get(key)
-        if found is None:
-            memory = self._slab if buffer is None else self._staging[buffer]
-            assert memory is not None
-            found = self._windows[key] = memory[at : at + count].view(dtype)
-        return found
-
     def close(self) -> None:
         self._socket.close()
-        self._windows.clear()
         self._staging.clear()
         self._slab = None
+
+    def destination(self, number: int) -> tuple[Tensor, Tensor]:
+        """Where bucket `number` is written, and the sums of its blocks."""
+        if self._slab is None:
+            memory, nbytes = self._staging[self._buffer], self._layout.nbytes
+            return memory[:nbytes], memory[nbytes:].view(torch.int64)
+        size = slot_bytes(self._bucket_bytes)
+        slot = self._slab[number % HALVES * size :][:size]
+        return slot[: self._bucket_bytes], slot[self._bucket_bytes :].view(torch.int64)
+
+    def _write_all(self, weights: Weights, buckets: _Buckets) -> None:
+        """Tensors that are all there, bucket by bucket."""
+        names = [name for name, _ in weights]
+        tensors = [tensor for _, tensor in weights]
+        if names != self._order[0]:
+            if len(names) != len(self._layout.names) or set(names) != self._layout.number.keys():
+                # Tied ones have more names, and `pair` knows which are; or it raises.
+                pairs = dict(pair(weights, self._layout.specs))
+                names, tensors = list(pairs), list(pairs.values())
+            if names != self._order[0]:
+                order = [self._layout.number[name] for name in names]
+                self._order = names, shares(order, self._layout, self._bucket_bytes)
+        sources = _Sources(names, tensors, self._layout, self._memory)
+        for share in self._order[1]:
+            out, sums = buckets.next()
+            pieces = share.in_place if self._slab is None else share.in_slab
+            taken = sources.of(share, out.device)
+            _copies.copy(taken, share.dtypes, pieces, out, sums, version=buckets.version)
+            buckets.written(share.packed)
+
+    def _write_one_by_one(self, weights: Weights, buckets: _Buckets) -> None:
+        """Tensors that may be gone when the next is asked for."""
+        stream = _Stream(self, buckets)
+        for name, shard in pair(weights, self._layout.specs):
+            tensor = whole(shard, self._layout.specs[name][1])
+            self._memory.check(name, tensor)
+            stream.add(self._layout.number[name], tensor)
+        stream.flush()
 
     def _begin(self, version: int) -> bool:
         """Whether the engine wants it."""
@@ -167,109 +196,42 @@ class _BucketSession:
         return reply
 
 
-class _Bucket:
-    """The bucket that is being filled; of those before, at most one has still to be announced."""
+class _Buckets:
+    """The buckets of a version: where each is written, and when the receiver hears of it."""
 
     def __init__(self, session: _BucketSession, version: int) -> None:
-        self._session, self._version = session, version
-        self._pieces: list[Piece] = []
-        self._later: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        self._used = 0
-        self._written: tuple[dict[str, Any], Callable[[], None]] | None = None
+        self._session, self.version = session, version
+        self._direct = session._slab is None
+        self._queued: deque[tuple[dict[str, Any], Callable[[], None]]] = deque()
         self._taken = 0
         self.number = 0
         self.waited = 0.0
 
-    def add(self, name: str, tensor: Tensor, *, later: bool) -> None:
-        """Copy a tensor, over as many buckets as it takes; small ones perhaps at the end."""
-        session = self._session
-        shape, dtype = session._specs[name]
-        nbytes = session._sizes[name]
-        if tensor.dtype == dtype and tensor.is_contiguous():
-            flat = _words(tensor)
-            dtype = flat.dtype  # moved and not cast, and cut anywhere
-        else:
-            flat = tensor
-        for piece in self._cut(name, nbytes):
-            _, start, count = piece
-            window, source = self._window(piece, dtype), flat
-            if count < nbytes:
-                first = start // dtype.itemsize
-                source = flat.reshape(-1)[first : first + count // dtype.itemsize]
-            elif flat is tensor:
-                window = window.view(shape)
-            if later and count < SMALL:
-                windows, sources = self._later.setdefault((dtype, source.dtype), ([], []))
-                windows.append(window)
-                sources.append(source)
-            else:
-                window.copy_(source, non_blocking=True)
-            self._pieces.append(piece)
-            self._used += -(-count // BLOCK) * BLOCK
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Where to write the next one, and its sums; waits until that is free."""
+        if not self._direct and self.number >= HALVES:
+            self._wait_for(self.number - HALVES)
+        return self._session.destination(self.number)
+
+    def written(self, packed: list[list[int]]) -> None:
+        """Its copies and sums are queued."""
+        header = {"bucket": self.number, "pieces": packed}
+        self._queued.append((header, self._session._memory.fence()))
+        self.number += 1
+        while len(self._queued) > (_QUEUED if self._direct else 1):
+            self._announce()
 
     def close(self) -> None:
         """Announce what is left."""
-        if self._pieces:
-            self._flush()
-        self._announce()
-        if self._session._slab is not None:
-            for number in range(self._taken, self.number):
-                self._wait_for(number)
-
-    def _cut(self, name: str, nbytes: int) -> Iterator[Piece]:
-        limit = self._session._bucket_bytes
-        start = 0
-        while True:
-            if self._used == limit:
-                self._flush()
-            count = min(nbytes - start, limit - self._used)
-            yield name, start, count
-            start += count
-            if start >= nbytes:
-                return
-
-    def _window(self, piece: Piece, dtype: torch.dtype) -> Tensor:
-        session, (name, start, count) = self._session, piece
-        if session._slab is None:
-            return session.window(session._buffer, session._offsets[name] + start, count, dtype)
-        if not self._pieces and self.number >= HALVES:
-            self._wait_for(self.number - HALVES)
-        return session.window(None, self._slot + self._used, count, dtype)
-
-    @property
-    def _slot(self) -> int:
-        return self.number % HALVES * slot_bytes(self._session._bucket_bytes)
-
-    def _flush(self) -> None:
-        """End this bucket: its copies and sums are queued, then the one before is announced."""
-        session = self._session
-        for windows, sources in self._later.values():
-            torch._foreach_copy_(windows, sources, non_blocking=True)
-        self._later = {}
-        if session._slab is None:
-            memory, at = session._staging[session._buffer], session._nbytes
-            sums = memory[at:].view(torch.int64)
-            for first, end in runs(self._pieces, session._offsets):
-                part = block_sums(memory[first:end], version=self._version)
-                sums[first // BLOCK : end // BLOCK] = part
-        else:
-            slot = session._slab[self._slot :]
-            part = block_sums(slot[: self._used], version=self._version)
-            at = session._bucket_bytes
-            slot[at : at + part.nbytes].view(torch.int64).copy_(part)
-        header = {"bucket": self.number, "pieces": self._pieces}
-        fence = session._memory.fence()
-        self._announce()
-        self._written = header, fence
-        self._pieces, self._used = [], 0
-        self.number += 1
+        while self._queued:
+            self._announce()
+        for number in range(self._taken, self.number if not self._direct else 0):
+            self._wait_for(number)
 
     def _announce(self) -> None:
-        if self._written is not None:
-            header, fence = self._written
-            fence()
-            send(self._session._socket, header)
-            self._written = None
+        header, fence = self._queued.popleft()
+        fence()
+        send(self._session._socket, header)
 
     def _wait_for(self, number: int) -> None:
         start = time.perf_counter()
@@ -280,23 +242,105 @@ class _Bucket:
         self.waited += time.perf_counter() - start
 
 
+class _Sources:
+    """Tensors of a collection, made such that they can be copied."""
+
+    def __init__(
+        self, names: list[str], tensors: list[Tensor], where: Layout, memory: Memory
+    ) -> None:
+        self._names, self._tensors, self._where, self._memory = names, tensors, where, memory
+        self._last: tuple[int, Tensor] | None = None
+
+    def of(self, share: Share, device: torch.device) -> list[Tensor]:
+        """Of each piece its tensor; others than `_copies.is_taken` are copied first."""
+        found = []
+        specs, tensors = self._where.specs, self._tensors
+        ats = range(share.first, share.first + len(share.pieces))
+        for at, name, dtype in zip(
+            ats, self._names[ats.start : ats.stop], share.dtypes, strict=True
+        ):
+            tensor = tensors[at]
+            if tensor.shape != specs[name][0]:
+                raise SyncError(
+                    f"{name} has shape {tuple(tensor.shape)}; the engine expects {specs[name][0]}"
+                )
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or not _copies.is_taken(
+                tensor, dtype, device
+            ):
+                tensor = self._made(at, name, dtype, device)
+            found.append(tensor)
+        return found
+
+    def _made(self, at: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._last is None or self._last[0] != at:  # it may be in several buckets
+            tensor = whole(self._tensors[at], dtype)
+            self._memory.check(name, tensor)
+            if not _copies.is_taken(tensor, dtype, device):
+                tensor = tensor.to(device, dtype).contiguous()
+            self._last = at, tensor
+        return self._last[1]
+
+
+class _Stream:
+    """Fills buckets with tensors as they come."""
+
+    def __init__(self, session: _BucketSession, buckets: _Buckets) -> None:
+        self._layout, self._direct = session._layout, session._slab is None
+        self._limit, self._buckets = session._bucket_bytes, buckets
+        self._pieces: list[Piece] = []
+        self._used = 0
+        self._there: tuple[Tensor, Tensor] | None = None
+
+    def add(self, number: int, tensor: Tensor) -> None:
+        """Copy a tensor, over as many buckets as it takes."""
+        shape, dtype = self._layout.specs[self._layout.names[number]]
+        nbytes = self._layout.sizes[number]
+        flat = tensor
+        if tensor.dtype == dtype and tensor.is_contiguous():
+            flat = _words(tensor)
+            dtype = flat.dtype  # moved and not cast, and cut anywhere
+        for start, count in self._cut(nbytes):
+            if self._there is None:
+                self._there = self._buckets.next()
+            at = self._layout.offsets[number] + start if self._direct else self._used
+            window, source = self._there[0][at : at + count].view(dtype), flat
+            if count < nbytes:
+                first = start // dtype.itemsize
+                source = flat.reshape(-1)[first : first + count // dtype.itemsize]
+            elif flat is tensor:
+                window = window.view(shape)
+            window.copy_(source, non_blocking=True)
+            self._pieces.append((number, start, count))
+            self._used += -(-count // BLOCK) * BLOCK
+
+    def flush(self) -> None:
+        """End this bucket."""
+        if self._there is None:
+            return
+        out, sums = self._there
+        placed = runs(self._pieces, self._layout) if self._direct else [(0, self._used)]
+        for first, end in placed:
+            if end > first:
+                part = block_sums(out[first:end], version=self._buckets.version)
+                sums[first // BLOCK : end // BLOCK] = part
+        self._buckets.written(pack(self._pieces, self._layout.sizes))
+        self._pieces, self._used, self._there = [], 0, None
+
+    def _cut(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        start = 0
+        while True:
+            if self._used == self._limit:
+                self.flush()
+            count = min(nbytes - start, self._limit - self._used)
+            yield start, count
+            start += count
+            if start >= nbytes:
+                return
+
+
 def _words(tensor: Tensor) -> Tensor:
     """A contiguous tensor as the widest words: some dtypes cannot be copied, or slowly."""
     whole_words = tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0
     aligned = tensor.storage_offset() * tensor.itemsize % 8 == 0
     return tensor.view(-1).view(torch.int64 if whole_words and aligned else torch.uint8)
-
-
-def runs(pieces: Iterable[Piece], offsets: dict[str, int]) -> Iterator[tuple[int, int]]:
-    """Where pieces lie in the layout, in whole blocks; neighbours together."""
-    first = end = -1
-    for name, start, count in pieces:
-        at = offsets[name] + start
-        after = at + -(-count // BLOCK) * BLOCK
-        if at != end:
-            if end > first:
-                yield first, end
-            first = at
-        end = after
-    if end > first:
-        yield first, end

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from miles.errors import SyncError
+
 __all__ = ["FILE", "FORMAT", "Manifest", "parse"]
 
-FORMAT = 1
+FORMAT = 2
+"""1 had another checksum."""
 FILE = re.compile(r"model-\d{5,}\.safetensors")
 
 
@@ -43,13 +46,20 @@ def parse(read: Any, version: int) -> Manifest:
     """The manifest of `version`, from its JSON.
 
     Raises:
+        SyncError: it is of an older or newer format.
         ValueError: says what is not of our form.
     """
     keys = {"format", "version", "base", "base_digest", "files", "tensors", "aliases"}
     if not isinstance(read, dict) or read.keys() != keys:
         raise ValueError(f"it is no object of {sorted(keys)}")
-    if read["format"] != FORMAT or not _is_count(read["version"]) or read["version"] != version:
-        raise ValueError(f"version {read['version']!r}, format other than {FORMAT}, or both")
+    if read["format"] != FORMAT:
+        raise SyncError(
+            f"the manifest of version {version} is of format {read['format']!r:.20}; expected "
+            f"{FORMAT}, with another checksum: push again, or read it with the release of miles "
+            "that wrote it"
+        )
+    if not _is_count(read["version"]) or read["version"] != version:
+        raise ValueError(f"it says version {read['version']!r}")
     base = read["base"]
     if base is not None and not (_is_count(base) and base < version):
         raise ValueError(f"its base is {base!r}; expected a version before {version}")
@@ -57,16 +67,20 @@ def parse(read: Any, version: int) -> Manifest:
         raise ValueError("files, tensors and aliases are not all objects")
     if not isinstance(read["base_digest"], str):
         raise ValueError("its base_digest is no text")
+    _check_entries(read, full=base is None)
+    return Manifest(**{key: value for key, value in read.items() if key != "format"})
+
+
+def _check_entries(read: dict[str, Any], *, full: bool) -> None:
     for file, size in read["files"].items():
         if not FILE.fullmatch(file) or not _is_count(size):
             raise ValueError(f"file {file!r} of {size!r} bytes; expected model-00001.safetensors")
     for name, entry in read["tensors"].items():
-        if not _is_entry(entry, read["files"], full=base is None):
+        if not _is_entry(entry, read["files"], full=full):
             raise ValueError(f"the entry of {name} makes no sense: {entry!r:.200}")
     for name, first in read["aliases"].items():
         if not isinstance(first, str) or first not in read["tensors"] or name in read["tensors"]:
             raise ValueError(f"{name} is another name of {first!r:.200}, which is no tensor")
-    return Manifest(**{key: value for key, value in read.items() if key != "format"})
 
 
 def _is_count(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """Weights for an engine in another process of this machine, through shared memory.
 
 Two buffers take turns. The sender writes version N + 1 into the one that is not being served and
-tells the receiver, which checks every tensor and only then commits. The engine's parameters become
-views of that buffer, so a version is written once and copied by nobody.
+tells the receiver, which checks it while it comes, block by block, and then commits. The engine's
+parameters become views of that buffer, so a version is written once and copied by nobody.
 
 Control goes over a Unix socket that only this user can reach: a length, a JSON object, and, when
 the two meet, the file descriptors of the buffers. The buffers have no name, so a killed process
@@ -11,6 +11,7 @@ leaves nothing behind.
 
 from __future__ import annotations
 
+import bisect
 import socket
 import time
 from collections.abc import Iterable
@@ -21,14 +22,15 @@ from torch import Tensor
 
 from miles.errors import SyncError
 from miles.protocols import SyncReport
-from miles.sync._block_sums import BLOCK, block_sums
+from miles.sync._bucket_plan import Layout
+from miles.sync._checksum import BLOCK, block_sums
+from miles.sync._filler import Filler
 from miles.sync._memory import anonymous_file, map_file
-from miles.sync._plan import check_version, layout, pair
+from miles.sync._plan import check_version, pair
 from miles.sync._session import (
     Listener,
     Sender,
     Session,
-    Specs,
     answer,
     describe,
     receive,
@@ -37,6 +39,9 @@ from miles.sync._session import (
 from miles.sync._session import send as _send
 
 __all__ = ["SharedMemoryReceiver", "SharedMemorySyncer"]
+
+_TOLD = 1 << 25
+"""Bytes after which the receiver may begin to check them."""
 
 
 class SharedMemorySyncer(Sender):
@@ -89,26 +94,58 @@ class SharedMemoryReceiver(Listener):
     def _serve_one(self, connection: socket.socket) -> None:
         """One sender, until it hangs up."""
         hello = describe(self._target)
-        specs = specs_of(hello)
-        offsets, nbytes = layout(specs, alignment=BLOCK)
+        where = Layout(specs_of(hello))
         # A target on another device copies; one on the CPU serves the buffer itself.
         alias = all(t.device.type == "cpu" for t in self._target.weight_tensors().values())
         _send(connection, hello)
         _, fds = receive(connection)
-        memory = [map_file(fd, nbytes) for fd in fds]
-        buffers = [_views(bytes_, specs, offsets) for bytes_ in memory]
+        memory = [map_file(fd, _size(where)) for fd in fds]
+        views = [where.views(bytes_) for bytes_ in memory]
+        arriving, buffer = _Arriving(where, torch.empty(0, dtype=torch.uint8), -1), 0
         while (request := receive(connection)[0]) is not None:
-            version, views = request["version"], buffers[request["buffer"]]
+            if "begin" in request:
+                buffer = request["buffer"]
+                arriving = _Arriving(where, memory[buffer], request["begin"])
+                continue
+            if "written" in request:
+                arriving.check(request["written"])
+                continue
+            version = request["commit"]
             try:
-                found = _checksums(memory[request["buffer"]], offsets, version)
-                for name, checksum in request["checksums"].items():
-                    if found[name] != checksum:
-                        raise SyncError(f"{name} arrived with another checksum; push it again")
-                self._target.commit_weights(views, version=version, alias=alias)
+                arriving.finish(version)
+                self._target.commit_weights(views[buffer], version=version, alias=alias)
                 reply = {"version": version}
             except Exception as error:  # whatever it was, the sender has to hear of it
                 reply = {"error": f"{type(error).__name__}: {error}"}
             _send(connection, reply)
+
+
+class _Arriving:
+    """A version that is being written, checked while it comes."""
+
+    def __init__(self, where: Layout, memory: Tensor, version: int) -> None:
+        self._where, self._version = where, version
+        self._data, self._sums = _parts(memory, where)
+        self._seen_B = torch.zeros(len(self._sums), dtype=torch.bool)
+        self._wrong: str | None = None
+
+    def check(self, written: Iterable[tuple[int, int]]) -> None:
+        """Blocks, from and to, that are there to be read."""
+        for first, end in written:
+            self._seen_B[first:end] = True
+            found = block_sums(self._data[first * BLOCK : end * BLOCK], version=self._version)
+            wrong = torch.nonzero(found != self._sums[first:end]).flatten()
+            if wrong.numel() and self._wrong is None:
+                at = (first + int(wrong[0])) * BLOCK
+                tensor = bisect.bisect_right(self._where.offsets, at) - 1
+                self._wrong = self._where.names[tensor]
+
+    def finish(self, version: int) -> None:
+        """Raise where it is not all there, as it was sent."""
+        if self._wrong is not None:
+            raise SyncError(f"{self._wrong} arrived with another checksum; push it again")
+        if version != self._version or not self._seen_B.all():
+            raise SyncError(f"version {version} did not arrive whole; push it again")
 
 
 class _RefusedError(SyncError):
@@ -121,24 +158,19 @@ class _Session:
     def __init__(self, connection: socket.socket, hello: dict[str, Any]) -> None:
         self._socket = connection
         self._version: int = hello["version"]
-        self._specs = specs_of(hello)
-        self._offsets, nbytes = layout(self._specs, alignment=BLOCK)
-        fds = [anonymous_file(nbytes) for _ in range(2)]
+        self._where = Layout(specs_of(hello))
+        fds = [anonymous_file(_size(self._where)) for _ in range(2)]
         _send(self._socket, {}, fds)
-        self._memory = [map_file(fd, nbytes) for fd in fds]
-        self._buffers = [_views(bytes_, self._specs, self._offsets) for bytes_ in self._memory]
+        self._memory = [map_file(fd, _size(self._where)) for fd in fds]
+        self._buffers = [self._where.views(bytes_) for bytes_ in self._memory]
         self._next = 0
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int, start: float) -> SyncReport:
         moved = 0
         changed = check_version(version, self._version)
         if changed:
-            views = self._buffers[self._next]
-            for name, tensor in pair(weights, self._specs):
-                views[name].copy_(tensor)
-                moved += views[name].nbytes
-            checksums = _checksums(self._memory[self._next], self._offsets, version)
-            _send(self._socket, {"version": version, "buffer": self._next, "checksums": checksums})
+            moved = self._write(weights, version)
+            _send(self._socket, {"commit": version})
             reply, _ = answer(self._socket)
             if "error" in reply:
                 raise _RefusedError(
@@ -148,7 +180,7 @@ class _Session:
             self._version, self._next = version, 1 - self._next
         return SyncReport(
             version=version,
-            num_tensors=len(self._specs) if changed else 0,
+            num_tensors=len(self._where.names) if changed else 0,
             num_bytes=moved,
             copied_bytes=moved,
             seconds=time.perf_counter() - start,
@@ -157,22 +189,42 @@ class _Session:
     def close(self) -> None:
         self._socket.close()
 
+    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> int:
+        """Everything into the next buffer, told to the receiver bit by bit; bytes."""
+        _send(self._socket, {"begin": version, "buffer": self._next})
+        views, where = self._buffers[self._next], self._where
+        data, sums = _parts(self._memory[self._next], where)
+        written: list[tuple[int, int]] = []
+        moved = told = 0
+        with Filler(data, sums, version=version) as filler:
+            for name, tensor in pair(weights, where.specs):
+                first = where.offsets[where.number[name]] // BLOCK
+                filler.write(views[name], tensor, first)
+                moved += views[name].nbytes
+                written.append((first, first + -(-views[name].nbytes // BLOCK)))
+                if moved - told >= _TOLD:
+                    _send(self._socket, {"written": _joined(written)})
+                    written, told = [], moved
+        _send(self._socket, {"written": _joined(written)})
+        return moved
 
-def _views(buffer: Tensor, specs: Specs, offsets: dict[str, int]) -> dict[str, Tensor]:
-    views = {}
-    for name, (shape, dtype) in specs.items():
-        nbytes = dtype.itemsize * torch.Size(shape).numel()
-        views[name] = buffer[offsets[name] : offsets[name] + nbytes].view(dtype).view(shape)
-    return views
+
+def _size(where: Layout) -> int:
+    """Bytes of a version and of the sums of its blocks."""
+    return where.nbytes + where.nbytes // BLOCK * 8
 
 
-def _checksums(memory: Tensor, offsets: dict[str, int], version: int) -> dict[str, int]:
-    """Of each tensor, the sums of its blocks, weighted by their places and added up."""
-    if memory.numel() < BLOCK:  # tensors without elements
-        return dict.fromkeys(offsets, 0)
-    sums = block_sums(memory, version=version)
-    places = torch.arange(1, 2 * len(sums), 2)
-    running = torch.cat([sums.new_zeros(1), (sums * places).cumsum(0)])
-    firsts = [offset // BLOCK for offset in offsets.values()]
-    ends = [*firsts[1:], len(sums)]
-    return dict(zip(offsets, (running[ends] - running[firsts]).tolist(), strict=True))
+def _parts(memory: Tensor, where: Layout) -> tuple[Tensor, Tensor]:
+    """The version, and the sums."""
+    return memory[: where.nbytes], memory[where.nbytes : _size(where)].view(torch.int64)
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same, in order, neighbours together."""
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
+    return joined

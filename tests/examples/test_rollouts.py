@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -14,7 +15,7 @@ def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_sam
 ):
     monkeypatch.syspath_prepend(EXAMPLES)
     from arithmetic import build_model, build_tokenizer
-    from rollouts import Rollouts
+    from rollouts import Rollouts, local_engine
 
     from miles.rollout import SamplingParams
 
@@ -46,7 +47,8 @@ def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_sam
     model, tokenizer, log = build_model(0), build_tokenizer(), Log()
     model.save_pretrained(tmp_path)
     trainer = Trainer()
-    rollouts = Rollouts(trainer, tmp_path, log, device="cpu", max_batch=4, own_process=True)
+    config = SimpleNamespace(engine_process=True, device="cpu", max_batch=4)
+    rollouts = Rollouts(trainer, local_engine, config, tmp_path, log)
     try:
         rollouts.sync(1)
         with torch.no_grad():

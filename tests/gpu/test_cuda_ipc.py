@@ -13,8 +13,11 @@ import torch
 
 from miles.errors import SyncError
 from miles.rollout import EngineProcess, HFEngine
-from miles.sync import CudaIpcReceiver, CudaIpcSyncer, _bucket_sender
+from miles.sync import CudaIpcReceiver, CudaIpcSyncer, _bucket_sender, _copies, _kernels
+from miles.sync._bucket_plan import unpack
+from miles.sync._checksum import block_sums, checksum
 from tests.models import generate_all, params, serving, tiny
+from tests.sync.copying import both
 from tests.sync.targets import Target, same
 
 BUCKET = 1 << 20
@@ -132,6 +135,62 @@ def test_values_are_cast_on_the_way(start, syncer):
     assert engine.serves(1, 1)
 
 
+def test_one_launch_copies_and_sums_as_the_reference_does():
+    assert _kernels.of(torch.device("cuda")) is not None
+    both(torch.device("cuda", 0), _copies.copy, exact=False)
+
+
+@pytest.mark.parametrize("megabytes", [1, 700, 3000])
+def test_sums_of_much_memory_are_those_of_the_cpu(megabytes):
+    data = torch.randint(-(2**62), 2**62, (megabytes << 17,), device="cuda").view(torch.uint8)
+    sums = block_sums(data, version=3)
+    step = 64 << 20
+    for start in range(0, len(data), step):
+        part = block_sums(data[start : start + step].cpu(), version=3)
+        assert torch.equal(part, sums[start // 4096 :][: len(part)].cpu())
+    assert checksum(data[: 64 << 20]) == checksum(data[: 64 << 20].cpu())
+
+
+def awkward(weights):
+    """The same values in ways that take a copy more: strided, cast, at odd addresses."""
+    found = {}
+    for i, (name, tensor) in enumerate(weights.items()):
+        if tensor.dim() == 2 and i % 2:
+            found[name] = tensor.T.contiguous().T
+        elif tensor.dtype == torch.bfloat16:
+            found[name] = tensor.double() if i % 4 else tensor.float()
+        else:
+            found[name] = torch.cat([tensor.view(-1)[:0], tensor.new_zeros(1), tensor.view(-1)])[1:]
+            found[name] = found[name].view(tensor.shape)
+    return found
+
+
+def test_strided_cast_and_misaligned_tensors_arrive(start, syncer):
+    engine = start()
+    for version in (1, 2):
+        syncer.push(awkward(model(version)).items(), version=version)
+        assert engine.serves(version, version)
+
+
+def test_tensors_that_move_between_pushes_and_come_in_another_order_arrive(start, syncer):
+    engine = start()
+    syncer.push(model(1).items(), version=1)
+    weights = model(2)  # elsewhere in memory
+    syncer.push(dict(reversed(weights.items())).items(), version=2)
+    assert engine.serves(2, 2)
+    for tensor in weights.values():  # in place, as an optimizer does
+        tensor.copy_(tensor.clone())
+    syncer.push(weights.items(), version=3)
+    assert engine.serves(3, 2)
+
+
+def test_a_trainer_without_triton_pushes_the_same(start, syncer, monkeypatch):
+    monkeypatch.setattr(_kernels, "of", lambda device: None)
+    engine = start()
+    syncer.push(model(1).items(), version=1)
+    assert engine.serves(1, 1)
+
+
 def test_two_hundred_syncs_leak_nothing(start, syncer):
     engine, weights = start(), model(1)
     used = {}
@@ -201,9 +260,10 @@ def test_a_flipped_byte_is_found_on_the_device(start, syncer, monkeypatch, direc
 
     def flipping(connection, message, fds=()):
         if message.get("bucket") == 3:
-            session, (name, begin, _) = syncer._session, message["pieces"][0]
+            session = syncer._session
+            number, begin, _ = next(unpack(message["pieces"], session._layout))
             if direct:
-                session._staging[session._buffer][session._offsets[name] + begin] ^= 1
+                session._staging[session._buffer][session._layout.offsets[number] + begin] ^= 1
             else:
                 session._slab[3 % 2 * _bucket_sender.slot_bytes(BUCKET)] ^= 1
             torch.cuda.synchronize()

@@ -207,8 +207,12 @@ def test_an_abort_under_a_pause_answers(engine):
 
 
 def test_bad_requests_are_refused_in_words(server, engine):
-    with pytest.raises(SettingError, match="refused the request"):
-        generate(engine, [[VOCAB + 5]], params(4))
+    # 0.5.17 would let these through, and its scheduler would die of a device-side assert.
+    for bad in (VOCAB + 5, VOCAB, -1):
+        with pytest.raises(SettingError, match=rf"is {bad}; expected an id in 0\.\.{VOCAB - 1}"):
+            generate(engine, [[3, bad]], params(4))
+    assert generate(engine, [[VOCAB - 1]], params(4))[0].num_generated_tokens == 4
+    server.check()
     wrong = RoutingLayout(num_layers=7, topk=4, num_experts=16)
     refused = pytest.raises(RoutingError, match="the routing of request")
     with closing(SGLangEngine(server.url, routing=wrong)) as other, refused:

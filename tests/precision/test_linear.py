@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from miles.errors import DtypeError, SettingError, ShapeError
@@ -262,6 +264,27 @@ def test_custom_ops_tell_the_compiler_what_they_return():
     for name, arguments in calls.items():
         op = getattr(torch.ops.miles, name)
         torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+def test_who_watches_operators_sees_them():
+    """An eager call goes past the dispatcher, but not past a mode."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, weight, dy = case()
+    expected = torch.autograd.grad(linear(x, weight, BlockFP8()), (x, weight), dy)
+    with Watch():
+        got = torch.autograd.grad(linear(x, weight, BlockFP8()), (x, weight), dy)
+    assert all(map(torch.equal, got, expected))
+    ours = [name for name in seen if name.startswith("miles.")]
+    assert ours == [f"miles.fp8_{n}.default" for n in ("encode_weights", "matmul", "matmul")]
+    with FakeTensorMode() as mode:
+        fake_x, fake_weight = mode.from_tensor(x), mode.from_tensor(weight)
+        assert linear(fake_x, fake_weight, BlockFP8()).shape == (len(x), len(weight))
 
 
 # --- experts

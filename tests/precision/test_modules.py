@@ -8,6 +8,8 @@ from contextlib import closing
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call
 
 import miles.precision._modules as modules
@@ -191,6 +193,38 @@ def test_torch_compile_takes_a_converted_model_as_one_graph():
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "operators"),
+    [
+        (BlockFP8(), ["fp8_encode_weights", "fp8_matmul", "fp8_matmul"]),
+        (BlockFP8(wgrad="fp8"), ["fp8_encode_weights", "fp8_matmul", "fp8_matmul", "fp8_wgrad"]),
+        (Int4(), ["int4_fake_quantize"]),
+    ],
+    ids=["fp8", "fp8 wgrad", "int4"],
+)
+def test_every_kernel_of_a_compiled_layer_is_one_operator(recipe, operators):
+    """What the compiler can't read, launches on a GPU, is inside of operators: nothing breaks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, x = linears(128, 128, recipe=recipe), torch.randn(2, 3, 128, requires_grad=True)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(model, backend=backend)
+    results = []
+    for function in (model, compiled):
+        y = function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, model[0].weight))))
+    assert all(map(torch.equal, *results))
+    assert not torch._dynamo.utils.counters["graph_break"] and len(graphs) == 2
+    found = [target for graph in graphs for target in graph if target.startswith("miles.")]
+    assert found == [f"miles.{name}.default" for name in operators]
 
 
 def test_copies_keep_their_own_cache():

@@ -4,7 +4,8 @@ What a token, its log-prob and its experts are follows from a small table, the w
 where the token stands, so that a test can say what must come out. Scheduling is the real one's in
 what a client can see of it: requests wait or run; a running one ends a step after its abort, a
 waiting one at once, with what was last reported; an abort names the beginning of ids, and is
-ignored unless the whole is one; a pause holds new requests back at the door.
+ignored unless the whole is one; a pause holds new requests back at the door. A token id that the
+model does not have is accepted, and ends the server as it is computed.
 
 `python -m tests.rollout.sglang_fake --model-path M --port P` runs one as a process.
 """
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import json
 import math
 import os
 import signal
@@ -23,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,12 +124,14 @@ class FakeSGLang:
         context_length: of prompt and answer together.
         extra_row: send the row of routing that a stop token sometimes leaves.
         speculative: key names of acceptance statistics: "old", "both" or "new".
+        model_path: what it says that it serves.
 
     Tests read and set:
         updates: (endpoint, body) of every weight endpoint that was called and accepted.
         requests: bodies of /generate, in order of arrival.
         calls: paths in order of arrival.
         held: whether new requests wait at the door, as during a pause.
+        died: what killed it, if something did.
         meddle: called with each answer of /generate, may change it or raise `Refusal`.
     """
 
@@ -146,6 +151,7 @@ class FakeSGLang:
         context_length: int = 4096,
         extra_row: bool = False,
         speculative: str | None = None,
+        model_path: str = "fake",
     ) -> None:
         self.version, self.weight_version = version, weight_version
         self.strict = tuple(map(int, version.split(".")[:3])) >= (0, 5, 21)
@@ -155,6 +161,7 @@ class FakeSGLang:
         self.layout, self.deterministic = layout, deterministic
         self.report_every, self.context_length = report_every, context_length
         self.extra_row, self.speculative = extra_row, speculative
+        self.model_path = model_path
         self.updates: list[tuple[str, dict[str, Any]]] = []
         self.requests: list[dict[str, Any]] = []
         self.calls: list[str] = []
@@ -197,10 +204,11 @@ class FakeSGLang:
         """End it; open connections are cut, as when a process is killed."""
         if self._server is None:
             return
-        for listener in self._server.servers:
-            listener.get_loop().call_soon_threadsafe(listener.close)
+        with contextlib.suppress(RuntimeError):  # it has died, and its loop is closed
+            for listener in self._server.servers:
+                listener.get_loop().call_soon_threadsafe(listener.close)
         self.cut()
-        while self._server.server_state.connections:
+        while self._server.server_state.connections and self._thread.is_alive():
             time.sleep(0.005)
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
@@ -214,6 +222,16 @@ class FakeSGLang:
         for connection in list(self._server.server_state.connections):
             with contextlib.suppress(RuntimeError):
                 connection.loop.call_soon_threadsafe(connection.transport.abort)
+
+    def die(self, reason: str) -> None:
+        """End it from within, as when its scheduler's process does."""
+        assert self._server is not None
+        self.died = reason
+        for listener in self._server.servers:
+            listener.close()
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        self._server.should_exit = self._server.force_exit = True
 
     def __enter__(self) -> FakeSGLang:
         return self.start()
@@ -306,7 +324,7 @@ class FakeSGLang:
     async def server_info(self, body: Any) -> Any:
         return {
             "version": self.version,
-            "model_path": "fake",
+            "model_path": self.model_path,
             "weight_version": self.weight_version,
             "enable_return_routed_experts": self.layout is not None,
             "enable_deterministic_inference": self.deterministic,
@@ -318,7 +336,10 @@ class FakeSGLang:
         }
 
     async def model_info(self, body: Any) -> Any:
-        return {"model_path": "fake", "is_generation": True, "weight_version": self.weight_version}
+        return {
+            "model_path": self.model_path, "is_generation": True,
+            "weight_version": self.weight_version,
+        }  # fmt: skip
 
     # Generating.
 
@@ -331,6 +352,8 @@ class FakeSGLang:
                 self._running.append(self._waiting.pop(0))
             self.max_seen_running = max(self.max_seen_running, len(self._running))
             for request in list(self._running):
+                if any(not 0 <= token < VOCAB for token in request.tokens):
+                    return self.die("CUDA error: device-side assert triggered")
                 self._step(request)
             if not self._running and not self.step_seconds:
                 await asyncio.sleep(0.001)
@@ -397,8 +420,6 @@ class FakeSGLang:
         ids = body.get("input_ids")
         if not ids or not all(isinstance(i, int) for i in ids):
             refuse("input_ids should be a list of integers")
-        if any(not 0 <= i < VOCAB for i in ids):
-            refuse("The input_ids contain out of vocabulary ids")
         if len(ids) >= self.context_length:
             refuse(
                 f"The input ({len(ids)} tokens) is longer than the model's context length "
@@ -639,6 +660,14 @@ def _acceptance(names: str, count: int) -> dict[str, Any]:
     return new
 
 
+def layout_of(model_path: str) -> Layout:
+    """That of a mixture of experts without dense layers."""
+    config = json.loads(Path(model_path, "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    experts_there = config.get("num_experts") or config["num_local_experts"]
+    return Layout(layers, config["num_experts_per_tok"], experts_there, tuple(range(layers)))
+
+
 def main() -> None:
     """What `sglang.launch_server` would be."""
     parser = argparse.ArgumentParser()
@@ -647,6 +676,15 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--api-key")
     parser.add_argument("--admin-api-key")
+    parser.add_argument("--max-running-requests", type=int, default=4096)
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
+    for name in ("skip-tokenizer-init", "disable-cuda-graph"):
+        parser.add_argument(f"--{name}", action="store_true", help="ignored")
+    for name in (
+        "dtype", "attention-backend", "sampling-backend", "grammar-backend", "mem-fraction-static",
+        "quantization", "moe-runner-backend", "watchdog-timeout",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", help="ignored")
     parser.add_argument("--version", default="0.5.17")
     parser.add_argument("--weight-version", default="default")
     parser.add_argument("--context-length", type=int, default=4096)
@@ -669,16 +707,20 @@ def main() -> None:
         print("RuntimeError: no memory is left", flush=True)
         sys.exit(3)
     time.sleep(given.start_seconds)
+    layout = layout_of(given.model_path) if given.enable_return_routed_experts else None
     fake = FakeSGLang(
         given.version, port=given.port, weight_version=given.weight_version,
         api_key=given.api_key, admin_api_key=given.admin_api_key, step_seconds=given.step_seconds,
-        context_length=given.context_length,
+        context_length=given.context_length, model_path=given.model_path, layout=layout,
+        max_running=given.max_running_requests,
     ).start()  # fmt: skip
     if not given.stubborn:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     print(f"listening on {fake.url}", flush=True)
-    while True:
-        time.sleep(1)
+    while not fake.died:
+        time.sleep(0.05)
+    print(fake.died, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

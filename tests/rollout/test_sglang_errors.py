@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import http.server
+import json
 import subprocess
 import sys
 import threading
 
+import httpx
 import pytest
 
 from miles.errors import (
@@ -18,8 +20,8 @@ from miles.errors import (
     SettingError,
 )
 from miles.rollout import Sample, SGLangEngine
-from miles.rollout._sglang_api import KNOWN_VERSIONS, features_of
-from tests.rollout.sglang_fake import FakeSGLang, Refusal
+from miles.rollout._sglang_api import KNOWN_VERSIONS, features_of, vocab_size_of
+from tests.rollout.sglang_fake import VOCAB, FakeSGLang, Refusal
 from tests.rollout.test_sglang_engine import PROMPT, QUICK, expected, params, serving
 
 
@@ -27,8 +29,75 @@ def test_bad_requests_say_what_is_wrong():
     with serving() as (_, engine):
         with pytest.raises(EmptyBatchError):
             asyncio.run(engine.generate([], params()))
-        with pytest.raises(SettingError, match="out of vocabulary"):
-            asyncio.run(engine.generate([99], params()))
+        with pytest.raises(SettingError, match=r"prompt is -1; expected an id 0 or more"):
+            engine.submit([3, -1], params())
+
+
+@pytest.mark.parametrize(
+    "config", [{"vocab_size": VOCAB}, {"vocab_size": 9, "text_config": {"vocab_size": VOCAB}}]
+)
+def test_ids_that_the_model_does_not_have_are_refused(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with serving(model_path=str(tmp_path)) as (fake, engine):
+        for prompt in ([VOCAB], [3, VOCAB, -1], Sample(tokens=[3, VOCAB])):
+            with pytest.raises(SettingError, match=r"prompt is 32; expected an id in 0\.\.31"):
+                engine.submit(prompt, params())
+        assert asyncio.run(engine.generate([VOCAB - 1], params())).num_generated_tokens == 6
+        assert len(fake.requests) == 1 and not fake.died
+        # Weights pushed through a folder, which has no config.json, change its model_path.
+        fake.model_path, fake.weight_version = str(tmp_path / "version-1"), "1"
+        asyncio.run(engine.refresh())
+        with pytest.raises(SettingError, match="expected an id in"):
+            engine.submit([VOCAB], params())
+
+
+def test_of_several_servers_the_smallest_vocabulary_counts_unless_one_is_given(tmp_path):
+    for name, size in (("a", VOCAB), ("b", 20)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": size}))
+    paths = [str(tmp_path / "a"), str(tmp_path / "b"), "some/model"]
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(FakeSGLang(model_path=path)).url for path in paths]
+        with contextlib.closing(SGLangEngine(urls, **QUICK)) as engine:
+            assert asyncio.run(engine.generate([19], params()))
+            with pytest.raises(SettingError, match=r"0\.\.19"):
+                engine.submit([20], params())
+        with contextlib.closing(SGLangEngine(urls, vocab_size=25, **QUICK)) as engine:
+            assert asyncio.run(engine.generate([24], params()))
+            with pytest.raises(SettingError, match=r"0\.\.24"):
+                engine.submit([25], params())
+    for size in (0, -3):
+        with pytest.raises(SettingError, match=f"vocab_size is {size}; expected 1 or more"):
+            SGLangEngine("http://127.0.0.1:9", vocab_size=size)
+
+
+@pytest.mark.parametrize("text", ["", "[3]", "{}", '{"vocab_size": "many"}', '{"vocab_size": 0}'])
+def test_a_vocabulary_that_is_not_told_is_not_known(tmp_path, monkeypatch, text):
+    (tmp_path / "config.json").write_text(text)
+    assert vocab_size_of(str(tmp_path)) is None
+    assert vocab_size_of(str(tmp_path / "missing")) is None
+    (tmp_path / "config.json").write_text('{"vocab_size": 7}')
+    monkeypatch.chdir(tmp_path)
+    assert vocab_size_of("") is None and vocab_size_of(".") == 7
+
+
+@pytest.mark.parametrize("bad", [VOCAB, -1])
+def test_an_id_that_gets_through_ends_the_server(bad):
+    """Which is why it must not."""
+    with FakeSGLang() as fake:
+        body = {"input_ids": [3, bad], "sampling_params": {"max_new_tokens": 4}}
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{fake.url}/generate", json=body, timeout=20)
+        assert "device-side assert" in fake.died
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{fake.url}/model_info", timeout=20)
+    with FakeSGLang() as fake, contextlib.closing(SGLangEngine(fake.url, **QUICK)) as engine:
+        if bad > 0:  # its vocabulary is not known here
+            other = engine.submit(PROMPT, params(4000))
+            with pytest.raises(EngineDiedError):
+                asyncio.run(engine.generate([bad], params()))
+            with pytest.raises(EngineDiedError):
+                other.result(20)
 
 
 def test_nobody_there():

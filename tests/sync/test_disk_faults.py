@@ -48,7 +48,7 @@ FAULTS = {
     "manifest cut": (lambda p, v: truncate(step(p, v) / "manifest.json"), "manifest.json is dam"),
     "manifest of another": (
         lambda p, v: shutil.copy(step(p, 1) / "manifest.json", step(p, v)),
-        "manifest.json is damaged: ValueError: version 1",
+        "manifest.json is damaged: ValueError: it says version 1",
     ),
     "folder empty": (
         lambda p, v: (shutil.rmtree(step(p, v)), step(p, v).mkdir()),

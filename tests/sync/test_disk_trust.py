@@ -137,6 +137,17 @@ def test_a_manifest_that_is_not_of_our_form_is_refused(tmp_path, edit):
     assert target.weight_version == 0
 
 
+@pytest.mark.parametrize("older", [1, 3, "x"])
+def test_a_manifest_of_another_format_says_so(tmp_path, older):
+    push(DiskSyncer(tmp_path), 1)
+    path = step(tmp_path, 1) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": older}))
+    text = f"version 1 is of format {older!r}; expected 2, with another checksum: push again"
+    with pytest.raises(SyncError, match=text):
+        DiskReceiver(Target(), tmp_path).receive_once()
+    assert not (tmp_path / "step_2").exists()
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "model-00001.safetensors"])
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
     push(DiskSyncer(tmp_path), 1)

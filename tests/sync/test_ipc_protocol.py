@@ -9,13 +9,16 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import WeightSyncer
 from miles.sync import SharedMemorySyncer, _bucket_receiver, _bucket_sender
-from miles.sync._block_sums import BLOCK, block_sums
+from miles.sync._bucket_plan import Layout, runs, shares, unpack
 from miles.sync._bucket_receiver import BucketReceiver
-from miles.sync._bucket_sender import BucketSender, runs, slot_bytes
+from miles.sync._bucket_sender import BucketSender, slot_bytes
+from miles.sync._checksum import BLOCK
 from miles.sync._memory import FileMemory
 from tests.models import params, serving, tiny
 from tests.sync.targets import Target, random_tensors, same
@@ -107,6 +110,13 @@ def test_a_tensor_of_several_buckets_may_be_cast_and_strided(target, syncer):
     assert torch.equal(target.live["wide"], wide.T.bfloat16())
 
 
+def test_the_order_may_change_from_push_to_push(target, syncer):
+    for version, order in enumerate((list, reversed, sorted, list), 1):
+        given = {name: big(version)[name] for name in order(BIG)}
+        syncer.push(given.items(), version=version)
+        assert same(target.live, big(version))
+
+
 def test_a_trainer_may_yield_one_scratch_tensor_again_and_again(receive_for, syncer):
     target = receive_for(Target({f"w{i}": torch.zeros(10) for i in range(4)}))
     scratch = torch.zeros(10)
@@ -195,12 +205,15 @@ def test_a_bucket_dropped_repeated_or_reordered_is_named(target, syncer, monkeyp
 
 
 HEADERS = {
-    "an unknown tensor": (lambda p: [["alien", *p[0][1:]]], "bucket 4 .* alien.*no such tensor"),
-    "a tensor too long": (lambda p: [[*p[0][:2], 1 << 40]], "of wide; expected byte .* next"),
+    "an unknown tensor": (lambda p: [[3, *p[0][1:]]], "bucket 4: tensors 3 to 3 .*no such tensor"),
+    "a tensor too long": (lambda p: [[*p[0][:3], 1 << 40]], "of wide; expected byte .* next"),
     "bytes twice": (lambda p: [p[0], p[0]], "of wide; expected byte .* of .* next"),
-    "bytes left out": (lambda p: [[p[0][0], p[0][1] + BLOCK, 8]], "of wide; expected byte .* next"),
+    "bytes left out": (
+        lambda p: [[2, p[0][1] + BLOCK, 1, p[0][3]]],
+        "of wide; expected byte .* next",
+    ),
     "a piece left out": (lambda p: p[1:], r"1 tensors are not whole: \['wide'\]"),
-    "more than fits": (lambda p: p + [["small", 12, 0]] * 3, "of wide|of small|at most"),
+    "more than fits": (lambda p: [*p, [1, 12, 1, 12]], "of small; expected byte 12 of 12"),
 }
 
 
@@ -224,12 +237,13 @@ def test_a_flipped_byte_names_tensor_and_bucket(target, syncer, monkeypatch, buc
 
     def flipping(connection, message, fds=()):
         if message.get("bucket") == bucket:
-            session, (name, start, count) = syncer._session, message["pieces"][-1]
+            session = syncer._session
+            *others, (number, start, count) = unpack(message["pieces"], session._layout)
             if direct:
-                at = session._offsets[name] + start + count - 1
+                at = session._layout.offsets[number] + start + count - 1
                 session._staging[session._buffer][at] ^= 1
             else:
-                used = sum(-(-c // BLOCK) * BLOCK for _, _, c in message["pieces"][:-1])
+                used = sum(-(-c // BLOCK) * BLOCK for _, _, c in others)
                 session._slab[bucket % 2 * slot_bytes(SIZE) + used + count - 1] ^= 1
         send(connection, message, fds)
 
@@ -242,21 +256,19 @@ def test_a_flipped_byte_names_tensor_and_bucket(target, syncer, monkeypatch, buc
 def test_what_an_earlier_version_left_behind_is_not_taken_for_this_one(target, syncer, monkeypatch):
     for version in (1, 2):  # so that both buffers hold whole versions
         syncer.push(big(version).items(), version=version)
-    flush = _bucket_sender._Bucket._flush
+    written = _bucket_sender._Buckets.written
 
-    def written_too_late(self):
+    def written_too_late(self, packed):
         session = self._session
         memory = session._slab if session._slab is not None else session._staging[session._buffer]
         if self.number == 2:
             memory.copy_(before)
-        flush(self)
-        if self.number == 3:
-            memory.copy_(before)
+        written(self, packed)
 
     syncer.push(big(3).items(), version=3)
     session = syncer._session
     before = (session._slab if session._slab is not None else session._staging[0]).clone()
-    monkeypatch.setattr(_bucket_sender._Bucket, "_flush", written_too_late)
+    monkeypatch.setattr(_bucket_sender._Buckets, "written", written_too_late)
     with pytest.raises(SyncError, match="another checksum"):
         syncer.push(big(4).items(), version=4)
     assert same(target.live, big(3))
@@ -443,20 +455,50 @@ def test_a_bucket_has_whole_blocks(address):
         BucketSender(address, memory=FileMemory(), bucket_bytes=1000)
 
 
-def test_sums_see_every_flipped_bit_and_moved_block():
-    data = torch.randint(256, (4 * BLOCK,), dtype=torch.uint8)
-    sums = block_sums(data, version=3)
-    for bit in range(8):
-        other = data.clone()
-        other[BLOCK + 17 * bit] ^= 1 << bit
-        assert (block_sums(other, version=3) != sums).tolist() == [False, True, False, False]
-    swapped = data.view(4, BLOCK)[[0, 2, 1, 3]].flatten()
-    assert (block_sums(swapped, version=3) != sums).tolist() == [False, True, True, False]
-    assert (block_sums(data, version=4) != sums).all()
+def where(**sizes: int) -> Layout:
+    return Layout({name: ((size,), torch.uint8) for name, size in sizes.items()})
 
 
 def test_neighbours_in_the_layout_are_one_run():
-    offsets = {"a": 0, "b": BLOCK, "c": 3 * BLOCK}
-    pieces = [("a", 0, 5), ("b", 0, BLOCK + 1), ("c", 0, 0)]
-    assert list(runs(pieces, offsets)) == [(0, 3 * BLOCK)]
-    assert list(runs(pieces[::-1], offsets)) == [(BLOCK, 3 * BLOCK), (0, BLOCK)]
+    layout = where(a=5, b=BLOCK + 1, c=0)
+    pieces = [(0, 0, 5), (1, 0, BLOCK + 1), (2, 0, 0)]
+    assert list(runs(pieces, layout)) == [(0, 3 * BLOCK)]
+    assert list(runs(pieces[::-1], layout)) == [(BLOCK, 3 * BLOCK), (0, BLOCK)]
+
+
+def test_a_collection_is_cut_into_buckets_and_told_in_runs():
+    layout = where(a=5, b=0, c=3 * BLOCK, d=7)
+    cut = shares([0, 1, 2, 3], layout, 2 * BLOCK)
+    assert [(share.first, share.pieces) for share in cut] == [
+        (0, [(0, 0, 5), (1, 0, 0), (2, 0, BLOCK)]),
+        (2, [(2, BLOCK, 2 * BLOCK)]),
+        (3, [(3, 0, 7)]),
+    ]
+    assert [share.packed for share in cut] == [
+        [[0, 0, 3, BLOCK]],
+        [[2, BLOCK, 1, 3 * BLOCK]],
+        [[3, 0, 1, 7]],
+    ]
+    assert [share.in_place.block_N.tolist() for share in cut] == [[0, 1, 1], [2], [4]]
+    assert [share.in_slab.block_N.tolist() for share in cut] == [[0, 1, 1], [0], [0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=8), st.randoms(), st.integers(1, 4))
+def test_every_byte_travels_once_in_any_order(sizes, random, blocks):
+    layout = where(**{f"t{i}": size for i, size in enumerate(sizes)})
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    seen = {number: [] for number in order}
+    for share in shares(order, layout, blocks * BLOCK):
+        assert list(unpack(share.packed, layout)) == share.pieces
+        assert sum(-(-count // BLOCK) for _, _, count in share.pieces) <= blocks
+        for number, start, count in share.pieces:
+            seen[number] += range(start, start + count)
+    assert seen == {number: list(range(sizes[number])) for number in order}
+
+
+@pytest.mark.parametrize("run", [[3, 0, 1, 5], [-1, 0, 1, 5], [0, 0, 0, 5], [1, 0, 3, 5]])
+def test_tensors_that_the_engine_has_not_are_refused(run):
+    with pytest.raises(SyncError, match="the engine has no such tensor: it has 3"):
+        list(unpack([run], where(a=5, b=6, c=7)))

@@ -5,6 +5,7 @@ import socket
 import stat
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -125,8 +126,8 @@ def test_a_flipped_byte_is_found_before_anything_is_served(target, syncer, monke
     send = shm._send
 
     def flipping(connection, message, fds=()):
-        if message.get("version") == 2 and "checksums" in message:
-            half = syncer._session._buffers[message["buffer"]]["half"]
+        if "written" in message:
+            half = syncer._session._buffers[syncer._session._next]["half"]
             half.view(torch.uint8)[3] ^= 1
         send(connection, message, fds)
 
@@ -137,6 +138,39 @@ def test_a_flipped_byte_is_found_before_anything_is_served(target, syncer, monke
     monkeypatch.undo()
     syncer.push(random_tensors(2).items(), version=2)
     assert same(target.live, random_tensors(2)) and target.weight_version == 2
+
+
+@pytest.mark.parametrize("change", [lambda w: w[:-1], lambda w: [[a, b - 1] for a, b in w]])
+def test_a_part_that_was_never_announced_is_not_served(target, syncer, monkeypatch, change):
+    syncer.push(random_tensors(1).items(), version=1)
+    send = shm._send
+
+    def silent(connection, message, fds=()):
+        if "written" in message:
+            message = {"written": change(message["written"])}
+        send(connection, message, fds)
+
+    monkeypatch.setattr(shm, "_send", silent)
+    with pytest.raises(SyncError, match=r"1 is still.*version 2 did not arrive whole; push it"):
+        syncer.push(random_tensors(2).items(), version=2)
+    monkeypatch.undo()
+    assert same(target.live, random_tensors(1))
+    syncer.push(random_tensors(3).items(), version=3)
+    assert same(target.live, random_tensors(3))
+
+
+@pytest.mark.parametrize("told", [1, 50_000])
+def test_weights_of_many_announcements_arrive(address, monkeypatch, told):
+    monkeypatch.setattr(shm, "_TOLD", told)
+    live = {f"w{i}": torch.zeros(3000, i) for i in range(6)}
+    with closing(SharedMemoryReceiver(target := Target(live), address)):
+        for version in (1, 2, 3):
+            order = sorted(live, key=lambda name: (int(name[1:]) % 2, name))  # with gaps
+            given = {name: torch.randn(live[name].shape) for name in order}
+            syncer = SharedMemorySyncer(address)
+            syncer.push(given.items(), version=version)
+            syncer.close()
+            assert same(target.live, given)
 
 
 def test_a_commit_that_fails_is_reported_with_its_reason(target, syncer, monkeypatch):

@@ -1,0 +1,271 @@
+"""RL with speculative rollouts: a draft that learns beside the policy, and one that doesn't.
+
+    python examples/speculative_rl.py            # a few minutes on two CPU cores
+    python examples/speculative_rl.py --resume   # after Ctrl-C
+
+The task is a sum with its running totals (`3+4-2=` is answered `7 5`), learnt from a teacher who is
+sloppy at every total, and made right by GRPO. Before RL an EAGLE-3 draft learns the policy's
+answers. Then the engine's draft goes on learning from the features and logits of the trainer's own
+forward passes, while a copy stays as it is. Both propose tokens for a policy that moves away from
+what they learnt first; what is sampled is the policy's in either case.
+
+In `--out`: metrics.jsonl (`speculative/accept_length` and `frozen/accept_length`), acceptance.png,
+reward.png, checkpoints of the policy, and of the draft in `draft/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from arithmetic import ChainSum, Problem, build_model, build_tokenizer
+from grpo_loop import Config, Run, train
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from miles.rollout import HFEngine, Sample, SamplingParams, TrainBatch, collate
+from miles.rollout.speculative import AcceptanceStats, DraftTrainer, Eagle3Draft
+from miles.sync import InProcessSyncer, SyncReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig(Config):
+    """GRPO with an EAGLE-3 draft that learns online."""
+
+    out: Path = Path("runs/speculative")
+    """Folder of the run."""
+    num_steps: int = 60
+    """Rollout-and-train steps."""
+    num_prompts: int = 64
+    """Prompts per step."""
+    num_epochs: int = 2
+    """Passes over one rollout; the draft takes a step with each micro-batch."""
+    micro_batch_size: int = 64
+    """Samples per forward pass."""
+    max_new_tokens: int = 20
+    """Longest answer, in tokens."""
+    num_terms: int = 6
+    """Numbers of a sum: one total fewer in the answer."""
+    warmup_steps: int = 800
+    """Supervised steps before RL, on a teacher's answers with every second total one too high."""
+
+    draft_steps: int = 4
+    """Tokens that the draft proposes in a step of the engine."""
+    unroll: int = 3
+    """Steps of the draft's training-time test."""
+    draft_learning_rate: float = 1e-3
+    """AdamW, for the draft."""
+    draft_warmup_updates: int = 300
+    """Updates of the draft before RL, on the policy's answers of that time."""
+    num_compared: int = 256
+    """Prompts that the frozen draft speculates on after each step."""
+
+
+class RunningTotals(ChainSum):
+    """A chain of one-digit numbers, answered with every total on the way."""
+
+    def totals(self, problem: Problem) -> list[int]:
+        terms = problem.prompt.rstrip("=").replace("-", "+-").split("+")
+        return list(accumulate(int(term) for term in terms if term))[1:]
+
+    def taught(self, problem: Problem, teacher: random.Random) -> str:
+        """Every total is one too high half of the time."""
+        return " ".join(str(total + teacher.choice([0, 1])) for total in self.totals(problem))
+
+    def score(self, answer: str, problem: Problem) -> float:
+        """The share of totals that are right, in their places."""
+        expected = [str(total) for total in self.totals(problem)]
+        given = answer.split(" ")
+        right = sum(a == b for a, b in zip(given, expected, strict=False))
+        return right / max(len(given), len(expected))
+
+
+class Speculation:
+    """The run's engine with its draft, that draft's trainer, and an engine to compare with."""
+
+    def __init__(self, config: SpeculativeConfig, task: ChainSum, model: Any, tokenizer: Any):
+        self._config, self._task, self._model, self._tokenizer = config, task, model, tokenizer
+        self._folder = config.out / "draft"
+        self._seeds = count(10**15)
+        self._batches: dict[int, TrainBatch] = {}
+        self._seen = AcceptanceStats()
+        self._readings: dict[str, Any] = {}
+        self.draft = Eagle3Draft.from_target(model)
+        self.trainer = DraftTrainer(
+            self.draft, model, lr=config.draft_learning_rate, steps=config.unroll,
+            temperature=config.temperature,
+        )  # fmt: skip
+
+    def start(self, config: Any, model_dir: Path, _: str) -> tuple[HFEngine, Speculation]:
+        """The engine, and ourselves to sync it; as `rollouts.local_engine`."""
+        served = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
+        served = served.to(config.device)
+        first = self._folder / "step-000000.pt"
+        if not config.resume:
+            self._warm_up(HFEngine(copy.deepcopy(served), max_batch=config.max_batch))
+            self._save(first)
+        state = torch.load(first, weights_only=True)["draft"]
+        self._engines, self._drafts, self._syncers = [], [], []
+        for _ in ("online", "frozen"):
+            draft = Eagle3Draft.from_target(served, dtype=torch.float32)
+            draft.load_state_dict(state)
+            engine = HFEngine(
+                served, max_batch=config.max_batch, draft=draft, draft_steps=config.draft_steps
+            )
+            self._engines.append(engine)
+            self._drafts.append(draft)
+            self._syncers.append(InProcessSyncer(engine))
+            served = copy.deepcopy(served)
+        return self._engines[0], self
+
+    def push(self, weights: Any, *, version: int) -> SyncReport:
+        """New weights for both engines, new ones of the draft for the first."""
+        saved = self._folder / f"step-{version:06d}.pt"
+        if version and self.trainer.version == 0:  # resumed
+            self.trainer.load_state_dict(torch.load(saved, weights_only=True))
+        weights = list(weights)
+        report, _ = [syncer.push(weights, version=version) for syncer in self._syncers]
+        with torch.no_grad():
+            served = self._drafts[0].checkpoint_tensors()
+            for name, tensor in self.trainer.named_tensors():
+                served[name].copy_(tensor)
+        if version:
+            self._save(saved)
+        return report
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+    def call(self, input_ids: Any, attention_mask: Any) -> Any:
+        """The policy's forward pass, from which the draft learns if the policy does."""
+        batch = self._batches.get(id(input_ids))
+        if batch is None or not torch.is_grad_enabled():
+            return self._model(input_ids=input_ids, attention_mask=attention_mask)
+        with self.trainer.capture():
+            out = self._model(input_ids=input_ids, attention_mask=attention_mask)
+        self.trainer.observe(batch.packed)
+        self._readings = {k: v for k, v in self.trainer.step().items() if "acceptance" in k}
+        return out
+
+    def observe(self, run: Run, micros: list[TrainBatch]) -> dict[str, Any]:
+        """How both drafts did on the policy that has just been sampled from."""
+        self._batches = {id(micro.input_ids_BL): micro for micro in micros}
+        total = self._engines[0].acceptance()
+        before, self._seen = self._seen, total
+        num_steps = total.num_verify_steps - before.num_verify_steps
+        online = (sum(total.accepted) - sum(before.accepted)) / num_steps + 1
+        earlier = self._engines[1].acceptance()
+        answers = self._answers(self._engines[1], self._config.num_compared)
+        later = self._engines[1].acceptance()
+        num_steps = later.num_verify_steps - earlier.num_verify_steps
+        frozen = (sum(later.accepted) - sum(earlier.accepted)) / num_steps + 1
+        return {
+            "speculative/accept_length": torch.tensor(online),
+            "frozen/accept_length": torch.tensor(frozen),
+            "frozen/reward": self._rewards(answers).mean(),
+            **self._readings,
+        }
+
+    def compare(self, num_prompts: int) -> str:
+        """Rewards with the draft and without, for the last policy."""
+        means, errors = [], []
+        for options in ({"draft": self._drafts[0], "draft_steps": self._config.draft_steps}, {}):
+            engine = HFEngine(self._engines[0].model, max_batch=self._config.max_batch, **options)
+            rewards = self._rewards(self._answers(engine, num_prompts))
+            means.append(rewards.mean().item())
+            errors.append(rewards.std().item() / math.sqrt(num_prompts))
+            engine.close()
+        z = (means[0] - means[1]) / (math.hypot(*errors) or 1.0)
+        return (
+            f"reward with the draft {means[0]:.3f}, without {means[1]:.3f}: "
+            f"{z:+.1f} standard errors apart"
+        )
+
+    def plot(self) -> None:
+        """acceptance.png: accept length over steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = (self._config.out / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+        steps = [row["step"] for row in rows]
+        for key, label in (("speculative", "learning online"), ("frozen", "frozen before RL")):
+            axes.plot(steps, [row[f"{key}/accept_length"] for row in rows], label=label)
+        axes.set(xlabel="step", ylabel="accept length (with the bonus token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self._config.out / "acceptance.png", dpi=120)
+        pyplot.close(figure)
+
+    def _warm_up(self, engine: HFEngine) -> None:
+        updates = self._config.draft_warmup_updates
+        for update in range(updates):
+            if update % 10 == 0:
+                answers = self._answers(engine, 4 * self._config.micro_batch_size)
+            picked = random.Random(update).sample(answers, self._config.micro_batch_size)
+            batch = collate([sample for sample, _ in picked]).to(self._config.device)
+            with self.trainer.capture(), torch.no_grad():
+                self._model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
+            self.trainer.observe(batch.packed)
+            metrics = self.trainer.step()
+            if update % 50 == 0 or update == updates - 1:
+                steps = [f"{v:.2f}" for k, v in metrics.items() if k.startswith("draft/acceptance")]
+                print(f"draft update {update}: acceptance {' '.join(steps)}", flush=True)
+        engine.close()
+
+    def _answers(self, engine: HFEngine, number: int) -> list[tuple[Sample, Problem]]:
+        problems = self._task.training(number, -(10**6) - next(self._seeds))
+        params = SamplingParams(
+            max_new_tokens=self._config.max_new_tokens, temperature=self._config.temperature
+        )
+
+        async def all_of_them() -> list[Sample]:
+            prompts = [self._tokenizer(p.prompt)["input_ids"] for p in problems]
+            seeded = [replace(params, seed=next(self._seeds)) for _ in prompts]
+            return await asyncio.gather(*map(engine.generate, prompts, seeded))
+
+        return list(zip(asyncio.run(all_of_them()), problems, strict=True))
+
+    def _rewards(self, answers: list[tuple[Sample, Problem]]) -> Tensor:
+        texts = [s.response_tokens for s, _ in answers]
+        decoded = self._tokenizer.batch_decode(texts, skip_special_tokens=True)
+        pairs = zip(decoded, answers, strict=True)
+        return torch.tensor([self._task.score(text, problem) for text, (_, problem) in pairs])
+
+    def _save(self, path: Path) -> None:
+        """The draft at a step; of others, those that the policy has a checkpoint of stay."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.trainer.state_dict(), path)
+        for old in self._folder.glob("step-*.pt"):
+            if old != path and not (self._config.out / "checkpoints" / old.stem).exists():
+                old.unlink()
+
+
+def main(config: SpeculativeConfig) -> None:
+    task = RunningTotals(config.seed, num_terms=config.num_terms)
+    model, tokenizer = build_model(config.seed), build_tokenizer()
+    speculation = Speculation(config, task, model, tokenizer)
+    train(
+        config, task, model, tokenizer, call=speculation.call, engine=speculation.start,
+        observe=speculation.observe,
+    )  # fmt: skip
+    speculation.plot()
+    print(speculation.compare(2048))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(SpeculativeConfig))

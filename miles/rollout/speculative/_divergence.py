@@ -1,0 +1,295 @@
+"""How far a draft's distributions are from the policy's, a chunk of places at a time.
+
+Shapes: B x L tokens, R = B * L rows of a step's logits, K steps of the draft (in `TargetLogits`,
+rows of logits a sequence), U tokens of its vocabulary, V of the policy's, D hidden size, P places
+that are judged, n of them in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from miles.errors import DtypeError, ShapeError
+
+__all__ = ["CHUNK", "Kind", "Settings", "TargetLogits", "Terms", "divergence", "row_before"]
+
+CHUNK = 2**25
+"""Numbers of a chunk over the policy's vocabulary: 128 MiB of float32."""
+
+Kind = Literal["kl", "hard", "tv", "lk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetLogits:
+    """The policy's distributions in the form in which they are there, never with a gradient.
+
+    Args:
+        values_BKX: `[B, K, V]` logits, or with a head `[B, K, D]` what the head reads.
+        positions_K: int64, place in the row of each of the K; None: K is L, every place.
+        head_VD: the weight that makes logits of `values_BKX`, a chunk at a time.
+        head_bias_V: its bias.
+
+    Raises:
+        ShapeError, DtypeError: what does not fit together.
+
+    Example:
+        >>> whole = TargetLogits(values_BKX=torch.zeros(2, 5, 7))
+        >>> whole.vocab_size, TargetLogits(
+        ...     values_BKX=torch.zeros(2, 5, 4), head_VD=torch.zeros(7, 4)).vocab_size
+        (7, 7)
+    """
+
+    values_BKX: Tensor
+    """`[B, K, V]` logits or `[B, K, D]` hidden states."""
+    positions_K: Tensor | None = None
+    """int64 `[K]`: which places of a row these are; None: all of them, in order."""
+    head_VD: Tensor | None = None
+    """`[V, D]`: None where `values_BKX` are logits."""
+    head_bias_V: Tensor | None = None
+    """`[V]`."""
+
+    def __post_init__(self) -> None:
+        values = self.values_BKX
+        if values.ndim != 3 or values.shape[2] == 0:
+            raise ShapeError(f"the policy's logits have shape {tuple(values.shape)}; expected "
+                             "[B, L, V]")  # fmt: skip
+        if not values.is_floating_point():
+            raise DtypeError(f"the policy's logits are {values.dtype}; expected floating point")
+        if self.positions_K is not None and self.positions_K.shape != values.shape[1:2]:
+            raise ShapeError(
+                f"positions_K has shape {tuple(self.positions_K.shape)}; expected "
+                f"[{values.shape[1]}], the place of each row of logits"
+            )
+        head = self.head_VD
+        if head is not None and (head.ndim != 2 or head.shape[1] != values.shape[2]):
+            raise ShapeError(
+                f"head_VD has shape {tuple(head.shape)}; expected [V, {values.shape[2]}], as wide "
+                "as the hidden states"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.values_BKX.shape[2] if self.head_VD is None else self.head_VD.shape[0]
+
+    def rows_of_places(self, num_rows: int, length: int) -> Tensor:
+        """int64 `[B, L]`: which of the `B * K` rows each place has, -1 where it has none.
+
+        Raises:
+            ShapeError: a policy's pass over another batch.
+        """
+        B, K = self.values_BKX.shape[:2]
+        if (B, K if self.positions_K is None else length) != (num_rows, length):
+            raise ShapeError(
+                f"the policy's logits are of {K} places in {B} rows; expected {length} in "
+                f"{num_rows}; for some of the places give TargetLogits(positions_K=...)"
+            )
+        index_K = torch.arange(K, device=self.values_BKX.device)
+        row_L = index_K
+        if self.positions_K is not None:
+            row_L = index_K.new_full((length,), -1).index_put((self.positions_K,), index_K)
+        starts_B1 = K * torch.arange(B, device=row_L.device)[:, None]
+        return torch.where(row_L >= 0, starts_B1 + row_L, -1)
+
+    def rows(self, index_n: Tensor) -> Tensor:
+        """`[n, V]` logits of some of the `B * K` rows."""
+        values_nX = self.values_BKX.detach().flatten(0, 1)[index_n]
+        if self.head_VD is None:
+            return values_nX
+        head_VD = self.head_VD.detach()
+        bias_V = None if self.head_bias_V is None else self.head_bias_V.detach()
+        return F.linear(values_nX.to(head_VD.dtype), head_VD, bias_V)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked of every term."""
+
+    kind: Kind
+    temperature: float
+    renormalize: bool
+    target_ids_U: Tensor | None
+    """int64: the policy's id of each of the draft's tokens; None: one vocabulary."""
+
+
+class Terms(NamedTuple):
+    """0 and False where a term is not valid; only the loss has a gradient."""
+
+    loss_KP: Tensor
+    alpha_KP: Tensor
+    """Probability that a token of the draft is accepted."""
+    agrees_KP: Tensor
+    """bool: both have the same most likely token."""
+    known_P: Tensor
+    """bool: the policy's most likely token is in the draft's vocabulary."""
+
+
+def divergence(
+    logits_KRU: Sequence[Tensor],
+    target: TargetLogits,
+    *,
+    aligned: bool,
+    places_P: Tensor,
+    target_rows_P: Tensor,
+    labels_P: Tensor,
+    valid_KP: Tensor,
+    settings: Settings,
+) -> Terms:
+    """Compare what step k of the draft says about a place with what the policy says.
+
+    A place is judged by its `row_before` of step k, or, aligned, by the row that it has among the
+    places; and by row `target_rows_P` of the policy. `labels_P` are ids of the draft's vocabulary,
+    read by `hard` only.
+    """
+    plan = _Plan(target, aligned, places_P, target_rows_P, labels_P, valid_KP, settings)
+    return Terms(*_Divergence.apply(plan, *logits_KRU))
+
+
+def row_before(places_P: Tensor, k: int, num_rows: int) -> Tensor:
+    """The row of step k that speaks about each place, each another one, valid or not."""
+    return (places_P - 1 - k) % num_rows
+
+
+class _Plan(NamedTuple):
+    target: TargetLogits
+    aligned: bool
+    places_P: Tensor
+    target_rows_P: Tensor
+    labels_P: Tensor
+    valid_KP: Tensor
+    settings: Settings
+
+    def chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK // self.target.vocab_size)
+        for start in range(0, self.places_P.shape[0], step):
+            yield slice(start, min(start + step, self.places_P.shape[0]))
+
+    def rows(self, k: int, part: slice, num_rows: int) -> Tensor | slice:
+        return part if self.aligned else row_before(self.places_P[part], k, num_rows)
+
+
+class _Divergence(torch.autograd.Function):
+    """Keeps all logits as they came; backward rebuilds the distributions chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *logits_KRU: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*logits_KRU)
+        ctx.plan = plan
+        first_RU = logits_KRU[0]
+        wide, shape = _wide(first_RU), plan.valid_KP.shape
+        loss_KP, alpha_KP = (first_RU.new_zeros(shape, dtype=wide) for _ in range(2))
+        agrees_KP, known_P = torch.zeros_like(plan.valid_KP), torch.zeros_like(plan.valid_KP[0])
+        with torch.autocast(first_RU.device.type, enabled=False):
+            for part in plan.chunks():
+                policy = _Policy(plan, part, wide)
+                known_P[part] = policy.known_n
+                for k, logits_RU in enumerate(logits_KRU):
+                    rows_n = plan.rows(k, part, logits_RU.shape[0])
+                    pair = _Pair(policy, logits_RU[rows_n].to(wide), plan.settings)
+                    valid_n = plan.valid_KP[k, part]
+                    loss_KP[k, part] = torch.where(valid_n, pair.loss(plan.labels_P[part]), 0)
+                    alpha_KP[k, part] = torch.where(valid_n, pair.alpha_n, 0)
+                    agrees_KP[k, part] = pair.agrees() & valid_n
+        ctx.mark_non_differentiable(alpha_KP, agrees_KP, known_P)
+        return loss_KP, alpha_KP, agrees_KP, known_P
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, logits_KRU, weights_KP = ctx.plan, ctx.saved_tensors, grads[0]
+        out = [torch.zeros_like(logits_RU) for logits_RU in logits_KRU]
+        with torch.autocast(weights_KP.device.type, enabled=False):
+            for part in plan.chunks():
+                policy = _Policy(plan, part, weights_KP.dtype)
+                for k, logits_RU in enumerate(logits_KRU):
+                    rows_n = plan.rows(k, part, logits_RU.shape[0])
+                    pair = _Pair(policy, logits_RU[rows_n].to(weights_KP.dtype), plan.settings)
+                    weight_n1 = (weights_KP[k, part] * plan.valid_KP[k, part])[:, None]
+                    slope_nU = pair.slope(plan.labels_P[part]) * (
+                        weight_n1 / plan.settings.temperature
+                    )
+                    # A term without weight adds nothing, whatever its numbers are.
+                    slope_nU.masked_fill_(weight_n1 == 0, 0)
+                    out[k][rows_n] = slope_nU.to(logits_RU.dtype)
+        return None, *out
+
+
+class _Policy:
+    """p, tempered, over the draft's vocabulary; the same for all steps of the draft."""
+
+    def __init__(self, plan: _Plan, part: slice, dtype: torch.dtype) -> None:
+        ids_U = plan.settings.target_ids_U
+        logits_nV = plan.target.rows(plan.target_rows_P[part]).to(dtype)
+        logits_nV = logits_nV / plan.settings.temperature
+        self.top_n = logits_nV.argmax(-1)
+        if ids_U is None:
+            self.logp_nU = logits_nV.log_softmax(-1)
+            self.p_nU = self.within_nU = self.logp_nU.exp()
+            self.mass_n = torch.ones_like(self.p_nU[:, 0])
+            self.known_n = torch.ones_like(self.top_n, dtype=torch.bool)
+            return
+        kept_nU, lse_n1 = logits_nV[:, ids_U], logits_nV.logsumexp(-1, keepdim=True)
+        self.mass_n = (kept_nU.logsumexp(-1) - lse_n1[:, 0]).exp()
+        self.logp_nU = kept_nU.log_softmax(-1)
+        self.within_nU = self.logp_nU.exp()
+        self.p_nU = (kept_nU - lse_n1).exp()
+        known_V = torch.zeros_like(logits_nV[0] if len(logits_nV) else lse_n1, dtype=torch.bool)
+        self.known_n = known_V.index_fill(0, ids_U, True)[self.top_n]
+
+    logp_nU: Tensor
+    """log of `within_nU`: p renormalised over the draft's vocabulary."""
+    p_nU: Tensor
+    """p itself there, whose sum is `mass_n`."""
+
+
+class _Pair:
+    """The policy's p and a step's q."""
+
+    def __init__(self, policy: _Policy, logits_nU: Tensor, settings: Settings) -> None:
+        self.policy, self.settings = policy, settings
+        self.logq_nU = (logits_nU / settings.temperature).log_softmax(-1)
+        self.q_nU = self.logq_nU.exp()
+        self.alpha_n = torch.minimum(policy.p_nU, self.q_nU).sum(-1)
+
+    def agrees(self) -> Tensor:
+        top_n, ids_U = self.logq_nU.argmax(-1), self.settings.target_ids_U
+        return (top_n if ids_U is None else ids_U[top_n]) == self.policy.top_n
+
+    def loss(self, labels_n: Tensor) -> Tensor:
+        kind, policy = self.settings.kind, self.policy
+        if kind == "hard":
+            return -self.logq_nU.gather(-1, labels_n[:, None])[:, 0]
+        if kind == "tv":
+            return 1 - self.alpha_n
+        if kind == "lk":
+            return -self._floored().log()
+        gap_nU = torch.where(policy.within_nU == 0, 0, policy.logp_nU - self.logq_nU)
+        kl_n = (policy.within_nU * gap_nU).sum(-1)
+        return kl_n if self.settings.renormalize else kl_n * policy.mass_n
+
+    def slope(self, labels_n: Tensor) -> Tensor:
+        """`[n, U]`: of the loss by the tempered logits of the draft."""
+        kind, policy = self.settings.kind, self.policy
+        if kind == "hard":
+            one_n1 = torch.ones_like(self.q_nU[:, :1])
+            return self.q_nU.scatter_add(-1, labels_n[:, None], -one_n1)
+        if kind == "kl":
+            slope_nU = self.q_nU - policy.within_nU
+            return slope_nU if self.settings.renormalize else slope_nU * policy.mass_n[:, None]
+        # Where q < p, more q is more acceptance; the softmax takes it from all tokens.
+        below_nU = self.q_nU * (self.q_nU < policy.p_nU)
+        slope_nU = self.q_nU * below_nU.sum(-1, keepdim=True) - below_nU
+        return slope_nU if kind == "tv" else slope_nU / self._floored()[:, None]
+
+    def _floored(self) -> Tensor:
+        return self.alpha_n.clamp(min=torch.finfo(self.alpha_n.dtype).tiny)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,0 +1,320 @@
+"""What a draft model computes for an engine, on the device, as CUDA graphs where there is one.
+
+Shapes: R slots of a call, with padding, M rows of a slot, K draft tokens, F features of a position,
+H hidden size, V vocabulary entries of the draft or of the target, U uniform numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from miles.rollout._graph import DecodeGraphs, Outputs
+
+if TYPE_CHECKING:
+    from miles.rollout.speculative._model_draft import ModelDraft
+
+__all__ = ["DraftSteps"]
+
+Mode = Literal["greedy", "sampled", "mixed"]
+Step = Callable[[int, int, int], Outputs]
+
+KEY_TILE, GRAPH_KEY_TILE = 64, 256
+GRAPH_ROW_TILE = 4
+GRAPH_WIDTH = 16
+"""Rows of a slot up to which a call is worth a graph: what a step of the target settles."""
+
+
+class DraftSteps:
+    """Settles tokens and proposes some, for slots whose next places the caller knows.
+
+    Padding rows of a call belong to slots that are not asked, and write beyond what those have
+    settled, as proposals do: there nothing is looked at before it is written again.
+    """
+
+    def __init__(
+        self, draft: ModelDraft, *, num_slots: int, max_context: int, cuda_graphs: bool
+    ) -> None:
+        self._draft, self._max_context, self._device = draft, max_context, draft.device
+        self._graphed = cuda_graphs and graphs_run_on(self._device)
+        self._row_tile = GRAPH_ROW_TILE if self._graphed else 1
+        self._key_tile = GRAPH_KEY_TILE if self._graphed else KEY_TILE
+        self._room = _round_up(num_slots, self._row_tile)
+        # One more slot, for padding where the slots are not in order.
+        self._keys = [draft.slot_keys(self._room + 1, max_context) for _ in range(draft.depths)]
+        # Of each module, its state at its last settled row; the next module reads it one row later.
+        self._states = [
+            torch.zeros((self._room + 1, draft.hidden_size), dtype=draft.dtype, device=self._device)
+            for _ in range(draft.depths)
+        ]
+        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._addresses: tuple[int, ...] = ()
+        width = GRAPH_WIDTH if self._graphed else 0
+        empty = partial(torch.zeros, device=self._device)
+        # What graphs read lies where it lay when they were captured.
+        self._numbers = empty(self._room * (3 + width), dtype=torch.int64)
+        self._features = empty((self._room * width, draft.num_features), dtype=draft.dtype)
+        self._uniforms = empty(self._room * width, dtype=torch.float64)
+        self._temperatures = empty((self._room, 1), dtype=torch.float32)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Forget what these slots held."""
+        slots_R = self._upload(torch.tensor(slots))
+        for keys in self._keys:
+            keys.clear(slots_R)
+        for states in self._states:
+            states.index_fill_(0, slots_R, 0)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give one slot's to another."""
+        for keys in self._keys:
+            keys.copy(source, target)
+        for states in self._states:
+            states[target] = states[source]
+
+    def settle(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Tensor] | None,
+    ) -> None:
+        """Process rows from the next place of each slot on; `places` are those of every slot."""
+        width = max(map(len, tokens))
+        every, in_order = self._padded(slots)
+        rows = len(every)
+        num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
+        num_keys = self._reserve(num_keys)
+        numbers = torch.zeros((3 + width, rows), dtype=torch.int64)
+        numbers[0] = torch.tensor(every)
+        numbers[1] = torch.tensor([places[slot] if slot < len(places) else 0 for slot in every])
+        for row, new in enumerate(tokens):
+            numbers[2, row] = len(new)
+            numbers[3 : 3 + len(new), row] = torch.tensor(new)
+        if not self._graphed or width > GRAPH_WIDTH:
+            features_RMF = None
+            if features is not None:
+                held = self._features.new_empty((rows * width, self._draft.num_features))
+                features_RMF = _spread(features, held, width, self._upload)
+            self._settle_rows(in_order, num_keys, self._upload(numbers), features_RMF)
+            return
+        if features is not None:
+            _spread(features, self._features[: rows * width], width, self._upload)
+        self._upload(numbers.flatten(), self._numbers)
+        self._step("settle", in_order, features is not None)(rows, num_keys, width)
+
+    def propose(
+        self,
+        slots: Sequence[int],
+        places: Sequence[int],
+        temperatures: Sequence[float],
+        uniforms_RK: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The target's ids `[R, K]`, and what they were drawn from, `[R, K, V]`.
+
+        The next call may write over both.
+        """
+        num_steps = uniforms_RK.shape[1]
+        every, in_order = self._padded(slots)
+        rows, asked = len(every), len(slots)
+        num_keys = self._reserve(max(places[slot] for slot in slots) + num_steps - 1)
+        numbers = torch.tensor(
+            [every, [places[slot] if slot < len(places) else 0 for slot in every]]
+        )
+        filled = [*temperatures, *[float(any(temperatures))] * (rows - asked)]
+        temperature_R1 = torch.tensor(filled, dtype=torch.float32)[:, None]
+        uniforms_RK = uniforms_RK.to(self._device)
+        if rows > asked:
+            padding = uniforms_RK.new_zeros((rows - asked, num_steps))
+            uniforms_RK = torch.cat([uniforms_RK, padding])
+        mode: Mode = "mixed"
+        if all(temperatures) or not any(temperatures):
+            mode = "sampled" if any(temperatures) else "greedy"
+        if not self._graphed or num_steps > GRAPH_WIDTH:
+            tokens_RK, probs_RKV = self._propose_rows(
+                in_order,
+                mode,
+                num_keys,
+                self._upload(numbers),
+                self._upload(temperature_R1),
+                uniforms_RK,
+            )
+        else:
+            self._upload(numbers.flatten(), self._numbers)
+            self._upload(temperature_R1, self._temperatures)
+            self._uniforms[: rows * num_steps].copy_(uniforms_RK.flatten())
+            step = self._step("propose", in_order, mode)
+            tokens_RK, probs_RKV, _ = step(rows, num_keys, num_steps)
+        return tokens_RK[:asked], None if probs_RKV is None else probs_RKV[:asked]
+
+    def _padded(self, slots: Sequence[int]) -> tuple[list[int], bool]:
+        """The slots and padding up to a tile, and whether they are 0, 1, ..."""
+        rows = _round_up(len(slots), self._row_tile)
+        if list(slots) == list(range(len(slots))):
+            return list(range(rows)), True
+        return [*slots, *[self._room] * (rows - len(slots))], False
+
+    def _reserve(self, num_keys: int) -> int:
+        """Room for so many keys, in whole tiles."""
+        num_keys = min(_round_up(num_keys, self._key_tile), self._max_context)
+        moved = [keys.reserve(num_keys) for keys in self._keys]
+        if self._graphed:
+            draft = self._draft
+            parts = [draft.parameters(), draft.buffers()]
+            parts += [part.parameters() for part in draft.borrowed()]
+            addresses = tuple(tensor.data_ptr() for tensor in chain.from_iterable(parts))
+            if any(moved) or addresses != self._addresses:
+                self._steps, self._addresses = {}, addresses
+        return num_keys
+
+    def _step(self, what: str, *settings: Any) -> Step:
+        key = (what, *settings)
+        if key not in self._steps:
+            step = self._settle_graphed if what == "settle" else self._propose_graphed
+            self._steps[key] = DecodeGraphs(partial(step, *settings))
+        return self._steps[key]
+
+    def _settle_graphed(
+        self, in_order: bool, featured: bool, rows: int, num_keys: int, width: int
+    ) -> Outputs:
+        numbers = self._numbers[: (3 + width) * rows].view(3 + width, rows)
+        features_RMF = None
+        if featured:
+            features_RMF = self._features[: rows * width].view(rows, width, -1)
+        self._settle_rows(in_order, num_keys, numbers, features_RMF)
+        return numbers, None, None
+
+    def _propose_graphed(
+        self, in_order: bool, mode: Mode, rows: int, num_keys: int, num_steps: int
+    ) -> Outputs:
+        tokens_RK, probs_RKV = self._propose_rows(
+            in_order,
+            mode,
+            num_keys,
+            self._numbers[: 2 * rows].view(2, rows),
+            self._temperatures[:rows],
+            self._uniforms[: rows * num_steps].view(rows, num_steps),
+        )
+        return tokens_RK, probs_RKV, None
+
+    def _settle_rows(
+        self, in_order: bool, num_keys: int, numbers: Tensor, features_RMF: Tensor | None
+    ) -> None:
+        draft = self._draft
+        slots_R, places_R, counts_R, ids_RM = *numbers[:3], numbers[3:].T
+        rows, width = ids_RM.shape
+        index_RM = places_R[:, None] + torch.arange(width, device=self._device)
+        last_R = (counts_R - 1).clamp(min=0)
+        every_R = torch.arange(rows, device=self._device)
+        state_RMH = None if features_RMF is None else draft.fuse(features_RMF)
+        before = [states[slots_R] for states in self._states]
+        for depth, keys in enumerate(self._keys):
+            if depth:
+                assert state_RMH is not None
+                state_RMH = torch.cat([before[depth - 1][:, None], state_RMH[:, :-1]], dim=1)
+            keys.begin(slots_R, index_RM, in_order=in_order, num_keys=num_keys, first_key=depth)
+            positions_RM = (index_RM - depth).clamp(0, self._max_context - 1)
+            state_RMH = draft.step(ids_RM, state_RMH, positions_RM, keys, depth)
+            last_RH = state_RMH[every_R, last_R]
+            kept_RH = torch.where(counts_R[:, None] > 0, last_RH, before[depth])
+            self._states[depth].index_copy_(0, slots_R, kept_RH.to(draft.dtype))
+
+    def _propose_rows(
+        self,
+        in_order: bool,
+        mode: Mode,
+        num_keys: int,
+        numbers: Tensor,
+        temperature_R1: Tensor,
+        uniforms_RK: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        draft, (slots_R, places_R) = self._draft, numbers
+        target_ids = draft.target_ids
+        rows, num_steps = uniforms_RK.shape
+        tokens_RK = torch.zeros((rows, num_steps), dtype=torch.int64, device=self._device)
+        probs_RKV = None
+        if mode != "greedy":
+            size = (rows, num_steps, draft.vocab_size)
+            make = torch.empty if target_ids is None else torch.zeros
+            probs_RKV = make(size, dtype=torch.float32, device=self._device)
+        state_RMH = self._states[0][slots_R][:, None]
+        for i in range(num_steps):
+            logits_RV = draft.logits(state_RMH[:, -1])
+            if probs_RKV is None:
+                drawn_R = logits_RV.argmax(-1)
+            else:
+                drawn_R, probs_RV = _draw(logits_RV, mode, temperature_R1, uniforms_RK[:, i])
+                if target_ids is None:
+                    probs_RKV[:, i] = probs_RV
+                else:
+                    probs_RKV[:, i].index_copy_(1, target_ids, probs_RV)
+            tokens_RK[:, i] = drawn_R if target_ids is None else target_ids[drawn_R]
+            if i == num_steps - 1:
+                break
+            depth, begin = 0, i
+            if draft.depths > 1:  # the next module has seen none of the proposed tokens
+                depth, begin = i + 1, 0
+                before = self._states[i][slots_R][:, None]
+                state_RMH = before if i == 0 else torch.cat([before, state_RMH], dim=1)
+            index_RM = places_R[:, None] + torch.arange(begin, i + 1, device=self._device)
+            keys = self._keys[depth]
+            keys.begin(slots_R, index_RM, in_order=in_order, num_keys=num_keys, first_key=depth)
+            positions_RM = (index_RM - depth).clamp(0, self._max_context - 1)
+            state_RMH = draft.step(
+                tokens_RK[:, begin : i + 1], state_RMH, positions_RM, keys, depth
+            )
+        return tokens_RK, probs_RKV
+
+    def _upload(self, numbers: Tensor, held: Tensor | None = None) -> Tensor:
+        """To the device, into the beginning of `held` if given; nobody waits for it."""
+        if self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        if held is None:
+            return numbers.to(self._device, non_blocking=True)
+        return held[: len(numbers)].copy_(numbers, non_blocking=True)
+
+
+def graphs_run_on(device: torch.device) -> bool:
+    """Whether CUDA graphs do."""
+    return device.type == "cuda"
+
+
+def _draw(
+    logits_RV: Tensor, mode: Mode, temperature_R1: Tensor, uniforms_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids of the draft's vocabulary, `[R]`, and their distribution, float32 `[R, V]`."""
+    sampled_R1 = temperature_R1 > 0
+    scaled_RV = logits_RV.float() / torch.where(sampled_R1, temperature_R1, 1)
+    probs_RV = scaled_RV.softmax(-1)
+    if mode == "mixed":
+        best_R1 = logits_RV.argmax(-1, keepdim=True)
+        sure_RV = torch.zeros_like(probs_RV).scatter_(1, best_R1, 1)
+        probs_RV = torch.where(sampled_R1, probs_RV, sure_RV)
+    cdf_RV = probs_RV.double().cumsum(-1)
+    total_R1 = cdf_RV[:, -1:]
+    at_R1 = torch.minimum(
+        uniforms_R[:, None] * total_R1, total_R1.nextafter(torch.zeros_like(total_R1))
+    )
+    drawn_R = torch.searchsorted(cdf_RV, at_R1, right=True)[:, 0]
+    return drawn_R.clamp(max=probs_RV.shape[1] - 1), probs_RV
+
+
+def _spread(
+    features: Sequence[Tensor], held_TF: Tensor, width: int, upload: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`[R, M, F]` in `held`, with zeros where there is none; three launches."""
+    places = [
+        row * width + place for row, given in enumerate(features) for place in range(len(given))
+    ]
+    given_TF = torch.cat([given.to(held_TF.device, held_TF.dtype) for given in features])
+    held_TF.zero_().index_copy_(0, upload(torch.tensor(places)), given_TF)
+    return held_TF.view(-1, width, held_TF.shape[1])
+
+
+def _round_up(value: int, tile: int) -> int:
+    return -(-value // tile) * tile

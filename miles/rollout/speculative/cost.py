@@ -1,0 +1,223 @@
+"""What steps cost, as a function of the batch, from a few measured ones.
+
+Shapes: M measured steps, C terms of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from miles.errors import EmptyBatchError, SettingError
+
+__all__ = ["CostModel", "CostSample"]
+
+Kind = Literal["decode", "verify", "draft"]
+KINDS = ("decode", "verify", "draft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSample:
+    """One measured step."""
+
+    kind: Kind
+    """`decode`: a plain step of the target. `verify`: its pass over a draft. `draft`: the draft's
+    part of a step, as long as all its `tokens` steps took."""
+    batch: int
+    """Rows (requests)."""
+    tokens: int = 1
+    """Tokens a row: 1 for `decode`; K + 1 for `verify`; the K steps of `draft`."""
+    seconds: float
+    """How long it took; on a GPU until its results were there."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SettingError(f"kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if self.batch < 1 or self.tokens < 1 or not 0 < self.seconds < math.inf:
+            raise SettingError(
+                f"a {self.kind} step of {self.batch} rows and {self.tokens} tokens a row that took "
+                f"{self.seconds} s; expected 1 or more of each, and a positive time"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Seconds of a step: flat while reading the weights takes longest, then linear in tokens.
+
+    A pass of the target over `batch` rows of `tokens` each takes
+
+        floor + per_row * batch + per_token * max(0, batch * tokens - knee)  [+ per_verify]
+
+    `floor` is the weights read once and the launches; `per_row` a row's keys and values, read once
+    however many tokens it has; beyond `knee` tokens the arithmetic takes longest. `per_verify` is
+    what a pass over several tokens costs more than a plain step (other kernels, no CUDA graph). A
+    step of the draft takes `draft_floor + draft_per_row * batch`. Contexts longer than those that
+    were measured make rows dearer: measure at the lengths you run.
+
+    Example:
+        >>> from miles.rollout.speculative import CostModel
+        >>> cost = CostModel(floor=10e-3, per_token=0.1e-3, knee=64, draft_floor=1e-3)
+        >>> cost.t_decode(8), cost.t_verify(8, 4), cost.t_verify(32, 4), cost.t_draft(8)
+        (0.01, 0.01, 0.0164, 0.001)
+        >>> round(cost.speedup(8, [0.8, 0.7, 0.6]), 2)
+        2.07
+    """
+
+    floor: float
+    """Seconds of a pass over next to nothing."""
+    per_row: float = 0.0
+    """Seconds a row."""
+    per_token: float = 0.0
+    """Seconds a token beyond `knee`."""
+    knee: float = 0.0
+    """Tokens of a pass, over all rows, from which on more of them take longer."""
+    per_verify: float = 0.0
+    """Seconds more where rows have several tokens."""
+    draft_floor: float = 0.0
+    """Seconds of a step of the draft over next to nothing."""
+    draft_per_row: float = 0.0
+    """Seconds a row of a step of the draft."""
+
+    def __post_init__(self) -> None:
+        values = asdict(self)
+        bad = {k: v for k, v in values.items() if not 0 <= v < math.inf}
+        if bad or not self.floor + self.per_row + self.per_token:
+            raise SettingError(
+                f"a cost model with {bad or values}; expected finite numbers of 0 or more, and a "
+                "pass that takes time"
+            )
+
+    def t_decode(self, batch: int) -> float:
+        """Seconds of a plain step."""
+        return self._pass(batch, 1)
+
+    def t_verify(self, batch: int, tokens: int) -> float:
+        """Seconds of a pass over `tokens` = K + 1 tokens a row."""
+        return self._pass(batch, tokens) + (self.per_verify if tokens > 1 else 0.0)
+
+    def t_draft(self, batch: int) -> float:
+        """Seconds of one step of the draft."""
+        return self.draft_floor + self.draft_per_row * batch
+
+    def t_step(self, batch: int, num_steps: int) -> float:
+        """Seconds of a step with `num_steps` draft tokens, the draft's part too."""
+        return self.t_verify(batch, num_steps + 1) + num_steps * self.t_draft(batch)
+
+    def speedup(self, batch: int, acceptance: Sequence[float]) -> float:
+        """Tokens a second with as many draft tokens as rates, against plain decoding.
+
+        Args:
+            batch: rows.
+            acceptance: `[K]`, the share kept at each position among those whose earlier tokens
+                were kept.
+        """
+        time = self.t_step(batch, len(acceptance))
+        return expected_tokens(acceptance) * self.t_decode(batch) / time
+
+    @classmethod
+    def fit(cls, samples: Sequence[CostSample]) -> CostModel:
+        """Least squares of the relative error, no term below 0.
+
+        For every knee among the measured numbers of tokens the other terms follow from a linear
+        problem; the best knee wins. Batches on both sides of the knee are needed to see it: with
+        small ones alone large ones look free.
+
+        Args:
+            samples: measured steps; several of each kind, over the batches and lengths that you
+                run. Repeat each and pass medians where times jitter.
+
+        Raises:
+            EmptyBatchError: no sample of one of the three kinds.
+
+        Example:
+            >>> from miles.rollout.speculative import CostModel, CostSample
+            >>> true = CostModel(floor=8e-3, per_token=1e-4, knee=64, draft_floor=1e-3)
+            >>> samples = [CostSample(kind="decode", batch=b, seconds=true.t_decode(b))
+            ...            for b in (1, 8, 64, 256)]
+            >>> samples += [CostSample(kind="verify", batch=b, tokens=4,
+            ...                        seconds=true.t_verify(b, 4)) for b in (1, 8, 64)]
+            >>> samples += [CostSample(kind="draft", batch=b, tokens=3, seconds=3e-3)
+            ...             for b in (1, 8)]
+            >>> fitted = CostModel.fit(samples)
+            >>> round(fitted.floor, 6), round(fitted.per_token, 6), round(fitted.knee)
+            (0.008, 0.0001, 64)
+        """
+        missing = [kind for kind in KINDS if all(s.kind != kind for s in samples)]
+        if missing:
+            raise EmptyBatchError(
+                f"no measured step of kind {', '.join(missing)} among {len(samples)}; expected "
+                "some of each kind, over the batches that you run"
+            )
+        passes = [s for s in samples if s.kind != "draft"]
+        drafts = [s for s in samples if s.kind == "draft"]
+        times_M = torch.tensor([s.seconds for s in passes], dtype=torch.float64)
+        best: tuple[float, list[float]] = (math.inf, [])
+        for candidate in sorted({0, *(s.batch * s.tokens for s in passes)}):
+            terms = [
+                [1, s.batch, max(0, s.batch * s.tokens - candidate), s.tokens > 1] for s in passes
+            ]
+            found = _least_squares(torch.tensor(terms, dtype=torch.float64), times_M)
+            # Rounding must not prefer one of two knees that explain the same.
+            if found[0] < best[0] * (1 - 1e-9) - 1e-18:
+                best = (found[0], [*found[1], float(candidate)])
+        floor, per_row, per_token, per_verify, knee = best[1]
+        terms_MC = torch.tensor([[s.tokens, s.tokens * s.batch] for s in drafts]).double()
+        times_M = torch.tensor([s.seconds for s in drafts], dtype=torch.float64)
+        _, (draft_floor, draft_per_row) = _least_squares(terms_MC, times_M)
+        return cls(
+            floor=floor, per_row=per_row, per_token=per_token, knee=knee, per_verify=per_verify,
+            draft_floor=draft_floor, draft_per_row=draft_per_row,
+        )  # fmt: skip
+
+    def _pass(self, batch: int, tokens: int) -> float:
+        if batch < 1 or tokens < 1:
+            raise SettingError(
+                f"a pass over {batch} rows of {tokens} tokens; expected 1 or more of each"
+            )
+        beyond = max(0.0, batch * tokens - self.knee)
+        return self.floor + self.per_row * batch + self.per_token * beyond
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Tokens of a step: 1 + a_1 + a_1 a_2 + ...; with equal rates (1 - a^(K+1)) / (1 - a).
+
+    Raises:
+        SettingError: a rate outside [0, 1].
+
+    Example:
+        >>> from miles.rollout.speculative.cost import expected_tokens
+        >>> expected_tokens([0.5, 0.5]), expected_tokens([])
+        (1.75, 1.0)
+    """
+    total, kept = 1.0, 1.0
+    for position, rate in enumerate(acceptance):
+        if not 0 <= rate <= 1:
+            raise SettingError(f"acceptance at position {position} is {rate}; expected 0 to 1")
+        kept *= rate
+        total += kept
+    return total
+
+
+def _least_squares(terms_MC: Tensor, times_M: Tensor) -> tuple[float, list[float]]:
+    """Squared relative error and coefficients, none negative: the best set of terms, by trying."""
+    num_terms = terms_MC.shape[1]
+    weighted_MC = terms_MC / times_M[:, None]
+    ones_M = torch.ones_like(times_M)
+    scale_C = weighted_MC.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    best: tuple[float, list[float]] = (math.inf, [])
+    for size in range(1, num_terms + 1):
+        for chosen in combinations(range(num_terms), size):
+            columns = list(chosen)
+            part_MC = weighted_MC[:, columns] / scale_C[columns]
+            part_C = torch.linalg.lstsq(part_MC, ones_M[:, None], driver="gelsd").solution[:, 0]
+            error = float((part_MC @ part_C - 1).square().sum())
+            if (part_C >= 0).all() and error < best[0] * (1 - 1e-9) - 1e-18:
+                found = dict(zip(columns, (part_C / scale_C[columns]).tolist(), strict=True))
+                best = (error, [found.get(c, 0.0) for c in range(num_terms)])
+    return best

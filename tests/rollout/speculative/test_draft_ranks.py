@@ -1,0 +1,73 @@
+"""Data-parallel ranks train one draft. No transformers here: each process would import it."""
+
+import torch
+from torch import nn
+
+from miles.errors import NonFiniteError
+from miles.rollout.speculative.losses import TargetLogits
+from miles.rollout.speculative.trainer import Captured, DraftTrainer
+from tests.distributed.gloo import run
+
+V, F = 6, 4
+
+
+class Draft(nn.Module):
+    """Reads the feature and the next token."""
+
+    feature_layers, target_ids = (0,), None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(V, V).double()
+        self.read = nn.Linear(F, V).double()
+
+    def unroll(self, input_ids_BL, features_BLF, *, num_steps, **_):
+        read_BLV = self.read(features_BLF)
+        return [self.table(input_ids_BL.roll(-1 - i, 1)) + read_BLV for i in range(num_steps)]
+
+
+def passes():
+    g = torch.Generator().manual_seed(1)
+    ids_BL = torch.randint(0, V, (4, 9), generator=g)
+    features_BLF = torch.randn(4, 9, F, generator=g, dtype=torch.float64)
+    logits_BLV = torch.randn(4, 9, V, generator=g, dtype=torch.float64)
+    for rows in (slice(0, 3), slice(3, 4)):
+        yield Captured(
+            input_ids_BL=ids_BL[rows],
+            features_BLF=features_BLF[rows],
+            target=TargetLogits(values_BKX=logits_BLV[rows]),
+        )
+
+
+def train(world_size):
+    """Three steps over two batches, one a rank, the second of which is empty in the second step."""
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    trainer = DraftTrainer(Draft(), None, lr=1e-2, share=1.0, group=group)
+    batches = list(enumerate(passes()))
+    if world_size == 2:
+        batches = batches[rank : rank + 1]
+    for step in range(3):
+        for number, seen in batches:
+            mask_BL = torch.full_like(seen.input_ids_BL, step != 1 or number != 1).bool()
+            trainer.observe(mask_BL, captured=seen)
+        metrics = trainer.step()
+    weights = {name: p.detach().clone() for name, p in trainer.draft.named_parameters()}
+    seen = batches[0][1]
+    trainer.observe(torch.ones_like(seen.input_ids_BL).bool(), captured=seen)
+    if rank == 0:
+        trainer.draft.read.weight.grad[0, 0] = torch.nan
+    try:
+        trainer.step()
+    except NonFiniteError as error:
+        return {"metrics": metrics, "weights": weights, "error": str(error)}
+
+
+def test_ranks_train_one_draft_and_refuse_together(tmp_path):
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+    one = run(train, 1, tmp_path / "1", 1)[0]
+    for rank in run(train, 2, tmp_path / "2", 2):
+        torch.testing.assert_close(rank["weights"], one["weights"])
+        torch.testing.assert_close(rank["metrics"], one["metrics"])
+        assert "norm of its gradient is nan" in rank["error"]
