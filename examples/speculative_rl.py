@@ -124,6 +124,7 @@ class Speculation:
             self._drafts.append(draft)
             self._syncers.append(InProcessSyncer(engine))
             served = copy.deepcopy(served)
+        self._draft_syncer = InProcessSyncer(self._engines[0].draft_weights)
         return self._engines[0], self
 
     def push(self, weights: Any, *, version: int) -> SyncReport:
@@ -133,10 +134,7 @@ class Speculation:
             self.trainer.load_state_dict(torch.load(saved, weights_only=True))
         weights = list(weights)
         report, _ = [syncer.push(weights, version=version) for syncer in self._syncers]
-        with torch.no_grad():
-            served = self._drafts[0].checkpoint_tensors()
-            for name, tensor in self.trainer.named_tensors():
-                served[name].copy_(tensor)
+        self._draft_syncer.push(self.trainer.named_tensors(), version=self.trainer.version)
         if version:
             self._save(saved)
         return report

@@ -1,11 +1,12 @@
-"""The public surface is what `tests/public_api.py` says."""
+"""The public surface is what `public_api.py` and `public_parameters.py` say."""
 
 import importlib
 import inspect
 
 import pytest
 
-from tests.public_api import ALL, PARAMETERS
+from tests.public_api import ALL
+from tests.public_parameters import PARAMETERS
 
 ENGINES = [
     "miles.rollout.HFEngine",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -43,7 +45,10 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads (a trainer's) may go on with their own CUDA calls meanwhile.
-                with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                with (
+                    _without_collection(),
+                    torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
+                ):
                     outputs = self._step(*shape)
             except Exception as error:  # whatever a capture forbids; the step shows its own errors
                 self._usable = False
@@ -58,3 +63,15 @@ class DecodeGraphs:
         graph, outputs = self._graphs[shape]
         graph.replay()
         return outputs
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """A graph of an engine that is gone, collected during a capture, would spoil the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -84,7 +84,7 @@ class Speculation:
         num_steps: int,
         controller: StepController | None,
     ) -> None:
-        self._name = type(draft).__name__
+        self.draft, self._name = draft, type(draft).__name__
         self._memory, self._routing, self._controller = memory, routing, controller
         self._draft = draft.memory(num_slots=num_slots, max_context=max_context)
         self._states: dict[Request, _State] = {}

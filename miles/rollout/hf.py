@@ -25,6 +25,7 @@ from miles.errors import (
     StopTokenError,
 )
 from miles.moe.tape import RoutingTape
+from miles.rollout._draft_weights import DraftWeights
 from miles.rollout._model import eos_of, memory_of, recorder_of
 from miles.rollout._requests import Request, fit_routing, new_sample, resolve, seed_of
 from miles.rollout._routing import StepRouting
@@ -130,6 +131,7 @@ class HFEngine:
         )  # fmt: skip
         self._memory: KVMemory = memory
         self._speculation: Speculation | None = None
+        self._draft_weights: DraftWeights | None = None
         if draft is not None:
             from miles.rollout._speculation import Speculation
 
@@ -249,15 +251,24 @@ class HFEngine:
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
+    @property
+    def draft_weights(self) -> DraftWeights:
+        """The draft's weights as a target of `miles.sync`, with a version of their own.
+
+        Raises:
+            SettingError: the engine has no draft, or one without weights.
+        """
+        if self._draft_weights is None:
+            self._draft_weights = DraftWeights(self._drafting.draft, self._between_steps)
+        return self._draft_weights
+
     def acceptance(self) -> AcceptanceStats:
         """How all steps so far with the draft went, by place in the draft.
 
         Raises:
             SettingError: the engine has no draft.
         """
-        if self._speculation is None:
-            raise SettingError("the engine has no draft; expected HFEngine(..., draft=...)")
-        return self._speculation.acceptance
+        return self._drafting.acceptance
 
     def step_costs(self) -> list[CostSample]:
         """How long steps took lately, for `CostModel.fit`: the median of each kind and size.
@@ -265,10 +276,14 @@ class HFEngine:
         Raises:
             SettingError: the engine has no draft.
         """
+        with self._between_steps():
+            return self._drafting.costs.samples()
+
+    @property
+    def _drafting(self) -> Speculation:
         if self._speculation is None:
             raise SettingError("the engine has no draft; expected HFEngine(..., draft=...)")
-        with self._between_steps():
-            return self._speculation.costs.samples()
+        return self._speculation
 
     def weight_tensors(self) -> Mapping[str, Tensor]:
         """The live parameters and buffers by name; of tied ones, the first name."""

@@ -328,7 +328,10 @@ class SGLangSyncer:
         return path
 
     def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
-        body = {"model_path": str(path.absolute()), "flush_cache": False}
+        # Whatever format the server was started with.
+        body = {
+            "model_path": str(path.absolute()), "load_format": "safetensors", "flush_cache": False,
+        }  # fmt: skip
         calls = [self._pool.submit(c.post, "/update_weights_from_disk", body) for c in to]
         sent.wait(lambda: ended(calls, None))
         for old in path.parent.glob("version-*"):

@@ -420,7 +420,9 @@ DRAFTS = {
     ),
     "mtp": MTPDraft.from_target,
     "mtp of three modules": lambda model: MTPDraft.from_target(model, num_modules=3),
-    "another model": lambda model: StandaloneDraft.from_target(model, tiny("llama", seed=5)),
+    "another model": lambda model: StandaloneDraft.from_target(
+        model, tiny("llama", seed=5, hidden_size=8, num_hidden_layers=1)
+    ),
     "the model itself": lambda model: StandaloneDraft.from_target(model, tiny("llama")),
     "n-gram": lambda model: NgramDraft(),
 }

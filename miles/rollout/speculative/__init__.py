@@ -14,17 +14,29 @@ if TYPE_CHECKING:
         default_feature_layers,
         frequent_tokens,
     )
-    from miles.rollout.speculative.losses import MaskPolicy, draft_loss, mtp_loss
+    from miles.rollout.speculative.losses import (
+        MaskPolicy,
+        TargetLogits,
+        draft_loss,
+        mtp_loss,
+        shift_tokens,
+    )
     from miles.rollout.speculative.mtp import MTPDraft
     from miles.rollout.speculative.ngram import NgramDraft
     from miles.rollout.speculative.standalone import StandaloneDraft
     from miles.rollout.speculative.stats import AcceptanceStats, SpeculativeStats
-    from miles.rollout.speculative.trainer import DraftTrainer, TrainableDraft, TrainingAdvice
+    from miles.rollout.speculative.trainer import (
+        Captured,
+        DraftTrainer,
+        TrainableDraft,
+        TrainingAdvice,
+    )
     from miles.rollout.speculative.verify import Verified, tempered, verify_chain, verify_tree
 
 __all__ = [
     "FINAL",
     "AcceptanceStats",
+    "Captured",
     "CostModel",
     "CostSample",
     "Draft",
@@ -40,6 +52,7 @@ __all__ = [
     "Simulation",
     "SpeculativeStats",
     "StandaloneDraft",
+    "TargetLogits",
     "TrainableDraft",
     "TrainingAdvice",
     "Verified",
@@ -49,6 +62,7 @@ __all__ = [
     "frequent_tokens",
     "load_draft",
     "mtp_loss",
+    "shift_tokens",
     "simulate",
     "tempered",
     "verify_chain",
@@ -62,12 +76,12 @@ MODULES = {
     "draft": ("FINAL", "Draft", "DraftMemory", "Proposal"),
     "eagle": ("EagleDraft",),
     "eagle3": ("Eagle3Draft", "default_feature_layers", "frequent_tokens"),
-    "losses": ("MaskPolicy", "draft_loss", "mtp_loss"),
+    "losses": ("MaskPolicy", "TargetLogits", "draft_loss", "mtp_loss", "shift_tokens"),
     "mtp": ("MTPDraft",),
     "ngram": ("NgramDraft",),
     "standalone": ("StandaloneDraft",),
     "stats": ("AcceptanceStats", "SpeculativeStats"),
-    "trainer": ("DraftTrainer", "TrainableDraft", "TrainingAdvice"),
+    "trainer": ("Captured", "DraftTrainer", "TrainableDraft", "TrainingAdvice"),
     "verify": ("Verified", "tempered", "verify_chain", "verify_tree"),
 }
 LAZY = {name: module for module, names in MODULES.items() for name in names}

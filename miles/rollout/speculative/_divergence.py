@@ -75,7 +75,7 @@ class TargetLogits:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return self.values_BKX.shape[2] if self.head_VD is None else self.head_VD.shape[0]
 
     def rows_of_places(self, num_rows: int, length: int) -> Tensor:

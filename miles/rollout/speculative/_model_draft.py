@@ -292,9 +292,10 @@ class ModelDraft(nn.Module, ABC):
             raise DtypeError(f"features are {features.dtype}; expected floating point")
 
     def check_target(self, model: nn.Module) -> None:
-        """Raise if the model is of another vocabulary, hidden size or depth than its target."""
+        """Raise if the model is of another vocabulary than its target, or, where the draft reads
+        hidden states, of another hidden size or depth."""
         config = text_config(model)
-        for name in ("vocab_size", "hidden_size"):
+        for name in ("vocab_size", "hidden_size") if self.feature_layers else ("vocab_size",):
             got, expected = getattr(config, name), getattr(self.config, name)
             if got != expected:
                 raise ShapeError(

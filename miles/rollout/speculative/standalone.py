@@ -66,7 +66,7 @@ class StandaloneDraft(ModelDraft):
         return cls(draft_model, vocab_size=text_config(model).vocab_size)
 
     def borrowed(self) -> list[nn.Module]:
-        """None."""
+        """Nothing of the target."""
         return []
 
     def fuse(self, features: Tensor) -> Tensor:
