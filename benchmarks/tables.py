@@ -335,6 +335,42 @@ def delta_sparsity() -> str:
     return "\n".join(lines)
 
 
+def weight_sync() -> str:
+    """GB/s of each carrier and model, beside a copy, and where the time goes."""
+    lines = [
+        "| hardware, date | carrier | model | GB, tensors | bucket, MiB | ms | gather, send, load,"
+        " commit | pause, ms | GB/s | of a copy | of its traffic |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("weight_sync"):
+        cells = [f"{row['device']}, {row['date']}", row["carrier"], row["model"]]
+        cells += [f"{int(row['bytes']) / 1e9:.1f}, {int(row['tensors']):,}", row["bucket_mb"]]
+        phases = [row[f"{name}_ms"] for name in ("gather", "send", "load", "commit", "pause")]
+        phases = [f"{float(ms):.1f}" if ms else "" for ms in phases]
+        cells += [f"{float(row['ms']):,.1f}", ", ".join(filter(None, phases[:4])), phases[4]]
+        cells += [f"{float(row['gb_s']):,.1f}"]
+        cells += [f"{float(row[name]):.0%}" for name in ("of_copy", "of_traffic")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def weight_sync_sglang() -> str:
+    """Milliseconds of a push into a real server, ours beside SGLang's own client."""
+    lines = [
+        "| hardware, date | client | model | GB | bucket, MiB | ms (p20 to p80) | gather, load,"
+        " commit | pause, ms | GB/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("weight_sync_sglang"):
+        cells = [f"{row['device']}, {row['date']}", row["client"], row["model"]]
+        cells += [f"{int(row['bytes']) / 1e9:.1f}", row["bucket_mb"]]
+        cells += [f"{row['ms']} ({row['ms_p20']} to {row['ms_p80']})"]
+        cells += [", ".join(filter(None, (row[f"{n}_ms"] for n in ("gather", "load", "commit"))))]
+        cells += [row["pause_ms"], row["gb_s"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "delta_sparsity": delta_sparsity,
     "engine_throughput": engine_throughput,
@@ -353,6 +389,8 @@ TABLES = {
     "routing": routing,
     "routing_bytes": routing_bytes,
     "routing_sglang": routing_sglang,
+    "weight_sync": weight_sync,
+    "weight_sync_sglang": weight_sync_sglang,
 }
 PAGES = ("README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md", "docs/sync.md")
 FILES = [HERE.parent / path for path in PAGES]

@@ -67,6 +67,8 @@ class SpeculativeConfig(Config):
     """Updates of the draft before RL, on the policy's answers of that time."""
     num_compared: int = 256
     """Prompts that the frozen draft speculates on after each step."""
+    num_rewards: int = 2048
+    """Answers with the draft, and as many without, that are compared at the end."""
 
 
 class RunningTotals(ChainSum):
@@ -94,7 +96,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig, task: ChainSum, model: Any, tokenizer: Any):
         self._config, self._task, self._model, self._tokenizer = config, task, model, tokenizer
         self._folder = config.out / "draft"
-        self._seeds = count(10**15)
+        self._seeds = count(10**14)
         self._batches: dict[int, TrainBatch] = {}
         self._seen = AcceptanceStats()
         self._readings: dict[str, Any] = {}
@@ -130,6 +132,7 @@ class Speculation:
     def push(self, weights: Any, *, version: int) -> SyncReport:
         """New weights for both engines, new ones of the draft for the first."""
         saved = self._folder / f"step-{version:06d}.pt"
+        self._seeds = count(10**15 + version * 10**9)
         if version and self.trainer.version == 0:  # resumed
             self.trainer.load_state_dict(torch.load(saved, weights_only=True))
         weights = list(weights)
@@ -188,8 +191,8 @@ class Speculation:
             f"{z:+.1f} standard errors apart"
         )
 
-    def plot(self) -> None:
-        """acceptance.png: accept length over steps."""
+    def plot(self) -> int:
+        """acceptance.png: accept length over steps; how many there were."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -206,6 +209,7 @@ class Speculation:
         axes.legend()
         figure.savefig(self._config.out / "acceptance.png", dpi=120)
         pyplot.close(figure)
+        return len(rows)
 
     def _warm_up(self, engine: HFEngine) -> None:
         updates = self._config.draft_warmup_updates
@@ -259,8 +263,8 @@ def main(config: SpeculativeConfig) -> None:
         config, task, model, tokenizer, call=speculation.call, engine=speculation.start,
         observe=speculation.observe,
     )  # fmt: skip
-    speculation.plot()
-    print(speculation.compare(2048))
+    if speculation.plot() == config.num_steps:
+        print(speculation.compare(config.num_rewards))
 
 
 if __name__ == "__main__":

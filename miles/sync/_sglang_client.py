@@ -46,6 +46,7 @@ class Client:
         self.url = url.rstrip("/")
         self.tp_size = 1
         self.sessions = False
+        self.weight_cache = False
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
         self._errors = httpx.HTTPError, httpx.InvalidURL
@@ -104,6 +105,7 @@ class Client:
                 )
             release = self._assumed
         self.sessions = int(release.split(".")[2]) >= SESSIONS_SINCE
+        self.weight_cache = info.get("weight_cache_mode") not in (None, "off")
         self.tp_size = int(info.get("tp_size") or 1)
         if int(info.get("dp_size") or 1) > 1 and not info.get("enable_dp_attention"):
             raise SyncError(

@@ -157,6 +157,12 @@ class SGLangSyncer:
     def _check(self, behind: list[Client]) -> None:
         """What this version of SGLang cannot do, before anything is touched."""
         for client in behind:
+            if client.weight_cache:
+                raise SyncError(
+                    f"{client.url} shares its weights with a weight-cache daemon and ends itself "
+                    "when it is told to load others; use SGLangWeightCacheSyncer, or start it "
+                    "with --weight-cache-mode off"
+                )
             if not client.sessions and (self._selector == "draft" or self._pause == "retract"):
                 raise SyncError(
                     f"{client.url} is older than 0.5.21, which cannot update a draft model alone "
@@ -328,7 +334,7 @@ class SGLangSyncer:
         return path
 
     def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
-        # Whatever format the server was started with.
+        # Without a format the server takes the one that it was started with, such as "dummy".
         body = {
             "model_path": str(path.absolute()), "load_format": "safetensors", "flush_cache": False,
         }  # fmt: skip

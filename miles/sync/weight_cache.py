@@ -37,9 +37,9 @@ class SGLangWeightCacheSyncer:
     write serves both: the optimizer's own, within `updating`, on a module whose parameters
     `alias_` has replaced; or `push`, which casts master weights straight into place, one copy.
 
-    Read from the source of SGLang 0.5.17; any other answer of the daemon is refused. Unquantised
-    Llama, Qwen2, Qwen3 and Qwen3-MoE, on one GPU without tensor, pipeline, data or expert
-    parallelism, and without speculative decoding, which SGLang refuses here.
+    Run against SGLang 0.5.17 on an H200 with a small Qwen3; any other answer of the daemon is
+    refused. Unquantised Llama, Qwen2, Qwen3 and Qwen3-MoE, on one GPU without tensor, pipeline,
+    data or expert parallelism, and without speculative decoding, which SGLang refuses here.
 
     While weights change, the server is paused and emptied of cached prefixes and says that its
     weight version is -1. What fails in between leaves it so, and the trainer's parameters, being

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.multiprocessing import reductions
 
 from miles.errors import SettingError, SyncError
 from miles.precision import BlockFP8, convert_, export
 from miles.protocols import WeightSyncer
-from miles.sync import SGLangSyncer, _sglang_payload
-from miles.sync._sglang_payload import flat_buckets
+from miles.sync import SGLangSyncer
+from miles.sync._sglang_client import Client
 from tests.rollout.sglang_fake import FakeSGLang, Refusal
 
 VERSIONS = ["0.5.17", "0.5.21"]
@@ -34,6 +33,9 @@ GLOBALS = {
     "torch.Tensor",
 }
 """A part of what SGLang's unpicklers let through; torch's dtypes come beside."""
+
+DEFAULT_LOADER = ("auto", "safetensors")
+"""Formats with which SGLang reads new weights from files; "dummy" and others it refuses."""
 
 
 class Unpickler(pickle.Unpickler):
@@ -56,6 +58,11 @@ class Server(FakeSGLang):
         self.fail_at: str | None = None
         self.paused_at_update: list[bool] = []
         self.never_idle = False
+        self.load_format = "auto"
+        self.info: dict[str, str] = {}
+
+    async def server_info(self, body):
+        return await super().server_info(body) | self.info
 
     @property
     def paused(self) -> bool:
@@ -79,6 +86,11 @@ class Server(FakeSGLang):
             content = load(body["serialized_named_tensors"][0])
             self.take(content["flattened_tensor"], content["metadata"])
         elif name == "update_weights_from_disk":
+            load_format = body.get("load_format") or self.load_format
+            if load_format not in DEFAULT_LOADER:
+                message = f"Failed to get model loader: <{load_format}>."
+                raise Refusal(400, {"success": False, "message": message})
+            self.load_format = load_format
             for file in sorted(Path(body["model_path"]).glob("*.safetensors")):
                 self.loaded |= load_file(file)
         elif name == "init_weights_update_group":
@@ -211,6 +223,42 @@ def test_by_disk_the_folder_is_whole_and_the_last_one_only(server, syncer_for, t
         assert same(server.loaded, weights(version)) and server.weight_version == str(version)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-2"]
     assert "begin_weight_update" not in server.names()
+
+
+@pytest.mark.parametrize("started_with", ["auto", "dummy", "sharded_state"])
+def test_by_disk_the_format_is_not_the_one_the_server_was_started_with(
+    server, syncer_for, tmp_path, started_with
+):
+    server.load_format = started_with
+    syncer_for(server, via="disk", folder=tmp_path).push(weights(1).items(), version=1)
+    assert same(server.loaded, weights(1)) and server.weight_version == "1"
+    body = next(body for name, body in server.updates if name == "update_weights_from_disk")
+    assert body["load_format"] == "safetensors"
+    assert body["model_path"] == str(tmp_path / "version-1") and body["flush_cache"] is False
+
+
+def test_the_stand_in_refuses_a_format_of_its_start_as_sglang_does(server, tmp_path):
+    server.load_format = "dummy"
+    client = Client(server.url, api_key=None, admin_key=None, timeout=30, assume_version=None)
+    with pytest.raises(SyncError, match=r"400 Failed to get model loader: <dummy>"):
+        client.post("/update_weights_from_disk", {"model_path": str(tmp_path)})
+    client.close()
+
+
+@pytest.mark.parametrize("via", ["value", "disk", "distributed"])
+@pytest.mark.parametrize("mode", ["client", "daemon"])
+def test_a_server_of_a_weight_cache_is_refused_before_it_ends_itself(
+    server, syncer_for, tmp_path, mode, via
+):
+    options = {"disk": {"folder": tmp_path}, "distributed": {"master": ("127.0.0.1", 1)}}
+    syncer = syncer_for(server, via=via, **options.get(via, {}))
+    server.info = {"weight_cache_mode": mode}
+    with pytest.raises(SyncError, match=r"use SGLangWeightCacheSyncer.*--weight-cache-mode off"):
+        syncer.push(weights(1).items(), version=1)
+    assert server.calls == ["/server_info", "/model_info"]
+    server.info = {"weight_cache_mode": "off"}
+    syncer_for(server).push(weights(1).items(), version=1)
+    assert same(server.loaded, weights(1))
 
 
 def test_by_broadcast(server, syncer_for):
@@ -415,70 +463,6 @@ def test_urls_are_one_or_more_each_once():
     for urls in ([], ["http://a", "http://a"]):
         with pytest.raises(SettingError, match="each once"):
             SGLangSyncer(urls)
-
-
-def test_a_weight_larger_than_a_bucket_has_one_of_its_own():
-    given = {"a": torch.ones(4), "b": torch.ones(5000), "c": torch.ones(4)}
-    buckets = list(flat_buckets(given.items(), bucket_bytes=1024, device="cpu"))
-    assert [bucket.names for bucket in buckets] == ["a", "b", "c"]
-    assert [bucket.flat.numel() for bucket in buckets] == [16, 20000, 16]
-
-
-def test_every_weight_is_aligned_with_gaps_and_without():
-    for tight in (False, True):
-        for bucket in flat_buckets(
-            weights(1).items(), bucket_bytes=4096, device="cpu", tight=tight
-        ):
-            end = 0
-            for weight in bucket.metadata:
-                assert weight.start_idx % (weight.dtype.itemsize if tight else 256) == 0
-                assert not tight or weight.start_idx == end
-                end = weight.end_idx
-
-
-def test_on_a_gpu_the_handle_carries_its_uuid_and_torchs_own_rebuild(monkeypatch):
-    handle = (
-        "cls",
-        (8,),
-        (1,),
-        0,
-        "storage",
-        torch.uint8,
-        3,
-        b"h" * 65,
-        8,
-        0,
-        False,
-        b"r",
-        0,
-        b"e",
-        True,
-    )
-    monkeypatch.setattr(
-        reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, handle)
-    )
-    properties = SimpleNamespace(uuid="GPU-uuid")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    seen = []
-    bucket = next(flat_buckets(weights(1).items(), bucket_bytes=4096, device="cpu"))
-    payload = _sglang_payload.by_handle(bucket)
-    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *args: seen.append(args))
-    assert load(payload)["metadata"][0].name == "embed"
-    assert seen == [(*handle[:6], "GPU-uuid", *handle[7:])]
-
-
-def test_memory_that_cannot_be_shared_is_explained(monkeypatch):
-    def refuse(tensor):
-        raise RuntimeError("invalid argument")
-
-    monkeypatch.setattr(reductions, "reduce_tensor", refuse)
-    bucket = next(flat_buckets(weights(1).items(), bucket_bytes=4096, device="cpu"))
-    with pytest.raises(SyncError, match=r"invalid argument.*expandable_segments"):
-        _sglang_payload.by_handle(bucket)
-    segment = {"address": bucket.flat.data_ptr(), "total_size": 9, "is_expandable": True}
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [segment])
-    with pytest.raises(SyncError, match="expandable segment"):
-        _sglang_payload.check_exportable(bucket.flat)
 
 
 def test_cpu_weights_for_a_gpu_carrier_are_refused(server, syncer_for):

@@ -9,7 +9,7 @@ from torch import nn
 
 from miles.errors import SettingError, SyncError, UnsupportedModelError
 from miles.protocols import WeightSyncer
-from miles.sync import _weight_cache_daemon
+from miles.sync import SGLangSyncer, _weight_cache_daemon
 from miles.sync._weight_cache_views import FAMILIES, engine_views
 from miles.sync.weight_cache import SGLangWeightCacheSyncer
 from tests.sync import weight_cache_fake
@@ -247,6 +247,15 @@ def test_servers_that_cannot_share_are_refused(make, info, text):
     with pytest.raises(SyncError, match=text):
         world.syncer()
     assert "/pause_generation" not in world.server.calls
+
+
+def test_the_other_syncer_leaves_a_server_of_a_weight_cache_alone(make):
+    world = make()
+    syncer = SGLangSyncer(world.server.url, via="value", timeout=20.0)
+    with pytest.raises(SyncError, match="use SGLangWeightCacheSyncer"):
+        syncer.push(world.model.state_dict().items(), version=1)
+    assert world.server.calls == ["/server_info", "/model_info"] and not world.server.held
+    syncer.close()
 
 
 @pytest.mark.parametrize(

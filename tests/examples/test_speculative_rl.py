@@ -1,0 +1,62 @@
+"""RL with a draft that learns, a few steps long: stopped, and resumed to the same numbers."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.examples.test_grpo_loop import rows
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "speculative_rl.py"
+SMALL = {
+    "num-steps": 4, "num-prompts": 8, "num-samples-per-prompt": 2, "num-updates": 2,
+    "micro-batch-size": 8, "num-epochs": 1, "max-batch": 16, "warmup-steps": 12,
+    "num-held-out": 8, "eval-every": 2, "checkpoint-every": 1, "num-compared": 8,
+    "draft-warmup-updates": 12, "num-rewards": 16,
+}  # fmt: skip
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen:
+    settings = [f"--{key}={value}" for key, value in SMALL.items()]
+    command = [sys.executable, str(SCRIPT), f"--out={out}", *settings, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    return " ".join(text.split())
+
+
+def numbers(out: Path) -> list[dict[str, float]]:
+    """What a run computed; a draft's own readings are of the step before, if there was one."""
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time/", "draft/"))} for r in rows(out)
+    ]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path):
+    text = finish(start(tmp_path / "whole"))
+    assert "reward with the draft" in text and "standard errors apart" in text
+    assert (tmp_path / "whole" / "acceptance.png").stat().st_size > 1000
+    found = rows(tmp_path / "whole")
+    assert len(found) == 4
+    assert all(1 <= row["speculative/accept_length"] <= 5 for row in found)
+    assert all(1 <= row["frozen/accept_length"] <= 5 for row in found)
+    assert found[-1]["draft/acceptance/step_0"] > 0
+
+    process = start(tmp_path / "parts")
+    deadline = time.monotonic() + 120
+    while not rows(tmp_path / "parts"):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "--resume goes on" in finish(process)
+    assert 1 <= len(rows(tmp_path / "parts")) < 4
+    finish(start(tmp_path / "parts", "--resume"))
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
