@@ -94,7 +94,8 @@ class Server(FakeSGLang):
             for file in sorted(Path(body["model_path"]).glob("*.safetensors")):
                 self.loaded |= load_file(file)
         elif name == "init_weights_update_group":
-            threading.Thread(target=self.join, args=(body,)).start()
+            self.joining = threading.Thread(target=self.join, args=(body,))
+            self.joining.start()
         elif name == "update_weights_from_distributed":
             dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
             sizes = [
@@ -110,6 +111,7 @@ class Server(FakeSGLang):
                     )
                 )  # fmt: skip
                 at += size
+            self.joining.join(30)
             options = dist.BroadcastOptions()
             self.group.broadcast([flat], options).wait()
             self.take(flat, metadata)
