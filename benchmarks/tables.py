@@ -399,8 +399,8 @@ FILES = [HERE.parent / path for path in PAGES]
 def fill(text: str) -> str:
     """The text with every table in it made anew."""
     for name, table in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, table=table: m[1] + table() + m[2], text, flags=re.S)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, table=table: f"{m[1]}{table()}\n{m[2]}", text, flags=re.S)
     return text
 
 
