@@ -6,6 +6,7 @@ Shapes: B rows, L tokens of a row, F features of a token.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,10 +44,12 @@ class FeatureTap:
         """The list gets the features `[B, L, F]` of the forward pass inside when that is over."""
         outputs: list[Tensor | None] = [None] * len(self._modules)
         features: list[Tensor] = []
+        thread = threading.get_ident()  # a trainer may run the same model in another
 
         def keep(index: int) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-                outputs[index] = output if isinstance(output, Tensor) else output[0]
+                if threading.get_ident() == thread:
+                    outputs[index] = output if isinstance(output, Tensor) else output[0]
 
             return hook
 

@@ -179,14 +179,16 @@ class Speculation:
             for request in requests
         ]
 
-    def _draws(self, requests: Sequence[Request]) -> Tensor:
+    def _draws(self, requests: Sequence[Request], salt: int = 0) -> Tensor:
         """Float64 `[R, 2 K + 1]`, K the largest: for each proposal, for each verdict, and what the
         target draws its own token with, as it does in a step without the draft."""
         draws_RU = uniforms(
-            [request.draws.seed for request in requests],
+            [request.draws.seed + salt * int(GOLDEN) for request in requests],
             [request.num_generated for request in requests],
-            2 * self._max_steps,
+            2 * self._max_steps + bool(salt),
         )
+        if salt:
+            return torch.from_numpy(draws_RU).to(self._memory.device)
         own_R1 = [[request.draws[request.num_generated]] for request in requests]
         return torch.from_numpy(np.hstack([draws_RU, own_R1])).to(self._memory.device)
 
@@ -211,7 +213,11 @@ class Speculation:
             if proposal.lengths is not None:
                 for row, length in zip(asked, proposal.lengths, strict=True):
                     lengths[row] = min(lengths[row], length)
+            if proposal.salt:
+                draws_RU = self._draws(requests, proposal.salt)
             proposal = _spread(proposal, asked, lengths, self._memory.device)
+        if any(request.ended for request in ours):
+            return None, NO_DRAWS
         return proposal, draws_RU
 
     def _verify(

@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Captured:
     """`[B, L]`: 0 at padding; None: there is none."""
     values_version: int | None = None
     """`target.values_BKX._version` when it was read, so that a change in place is noticed."""
+    head_version: int | None = None
+    """Likewise of `target.head_VD`, which the policy's optimizer writes to."""
 
     def check_unchanged(self) -> None:
         """Raise `SettingError` if the logits were written to since."""
@@ -49,6 +52,12 @@ class Captured:
             raise SettingError(
                 "the policy's logits were changed in place since capture() read them (divided by a "
                 "temperature?); change a copy, or call observe() before"
+            )
+        head_VD = self.target.head_VD
+        if head_VD is not None and self.head_version not in (None, head_VD._version):
+            raise SettingError(
+                "the policy's head has changed since capture() read its hidden states, so together "
+                "they are of no policy; call observe() before the policy's optimizer step"
             )
 
     def seq_ids(self) -> Tensor:
@@ -115,6 +124,7 @@ class Recorder:
 
     def __init__(self, policy: nn.Module, feature_layers: Sequence[int]) -> None:
         self._policy, self._wanted = policy, feature_layers
+        self._thread = threading.get_ident()  # an engine may run the same model in another
         self._called: dict[str, Any] | None = None
         self._outputs: dict[int, Tensor] = {}
         self._passes: list[tuple[dict[str, Any], dict[int, Tensor]]] = []
@@ -123,7 +133,7 @@ class Recorder:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder is called."""
-        if in_backward():
+        if in_backward() or threading.get_ident() != self._thread:
             return
         ids_BL = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids_BL, Tensor) or ids_BL.ndim != 2:
@@ -143,14 +153,14 @@ class Recorder:
         """The hook of a layer."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._called is not None:
+            if self._called is not None and threading.get_ident() == self._thread:
                 self._outputs[index] = _first(output).detach()
 
         return hook
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """The decoder returns."""
-        if self._called is None:
+        if self._called is None or threading.get_ident() != self._thread:
             return
         self._outputs[FINAL] = _first(output).detach()
         self._passes.append((self._called, self._outputs))
@@ -160,6 +170,8 @@ class Recorder:
         """The whole model returns."""
         logits_BKV = _logits_of(output)
         if in_backward() or not self._passes or logits_BKV is None:
+            return
+        if threading.get_ident() != self._thread:
             return
         L = self._passes[-1][0]["input_ids"].shape[1]
         keep = kwargs.get("logits_to_keep", 0)
@@ -195,16 +207,18 @@ class Recorder:
                     "came later); call the uncompiled model, or build Captured by hand"
                 )
             parts = [outputs[i] for i in self._wanted]
-            target = self._targets.get(number)
+            target = self._targets.get(number) or _by_head(outputs[FINAL], self._policy)
+            head_VD = target.head_VD
             positions, mask = called.get("position_ids"), called.get("attention_mask")
             found.append(
                 Captured(
                     input_ids_BL=called["input_ids"],
                     features_BLF=torch.cat(parts, -1) if parts else outputs[FINAL][..., :0],
-                    target=_by_head(outputs[FINAL], self._policy) if target is None else target,
+                    target=target,
                     position_ids_BL=positions if _is_2d(positions) else None,
                     attention_mask_BL=mask if _is_2d(mask) else None,
                     values_version=self._versions.get(number),
+                    head_version=None if head_VD is None else head_VD._version,
                 )
             )
         return found

@@ -152,8 +152,9 @@ class ModelDraft(nn.Module, ABC):
 
         On a GPU, steps of up to 16 tokens a request run as CUDA graphs unless told otherwise.
         Keys and values take as much as one layer of the target for each module, allocated as the
-        longest request needs it.
+        longest request needs it. The draft is put in eval mode.
         """
+        self.eval()
         return ModelMemory(
             self, num_slots=num_slots, max_context=max_context, cuda_graphs=cuda_graphs
         )

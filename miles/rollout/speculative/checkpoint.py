@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from miles.errors import CheckpointError, UnsupportedModelError
-from miles.rollout.speculative._draft_files import check_finite, fill, find_tensors, read_config
+from miles.rollout.speculative._draft_files import (
+    INDEX,
+    PICKLED,
+    SINGLE,
+    check_finite,
+    fill,
+    find_tensors,
+    read_config,
+)
 from miles.rollout.speculative._model_draft import ModelDraft, check_layers, text_config
 from miles.rollout.speculative._sglang_names import EAGLE, EAGLE3, NEXTN, check_sglang
 from miles.rollout.speculative.eagle import EagleDraft
@@ -77,7 +86,7 @@ def export_draft(
     if isinstance(draft, StandaloneDraft):
         check_finite(draft.checkpoint_tensors())
         model: Any = draft.model
-        (model if dtype is None else model.to(dtype)).save_pretrained(folder)
+        (model if dtype is None else copy.deepcopy(model).to(dtype)).save_pretrained(folder)
         return folder
     tensors = draft.checkpoint_tensors()
     config = _config(draft)
@@ -90,16 +99,28 @@ def export_draft(
         draft.depths == 1 and config["architectures"] == [NEXTN]
     ):
         check_sglang(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    config["torch_dtype"] = config["dtype"] = str(dtype or draft.dtype).removeprefix("torch.")
+    served: Any = draft.shared.embedding.weight.dtype  # "auto" makes float16 of float32
+    config["torch_dtype"] = config["dtype"] = str(dtype or served).removeprefix("torch.")
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        # A router's bias decides by small differences, and stays as it is.
+        kept = dtype is None or tensor.dtype != draft.dtype or name.endswith("correction_bias")
+        return tensor.dtype if kept or dtype is None else dtype
+
     held = {
         name: tensor.detach()
-        .to("cpu", dtype if dtype is not None and tensor.dtype == draft.dtype else tensor.dtype)
+        .to("cpu", dtype_of(name, tensor))
         .clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
     save_file(held, folder / "new.safetensors", metadata={"format": "pt"})
     (folder / "new.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(folder / "new.safetensors", folder / "model.safetensors")
+    stale = {INDEX, PICKLED}
+    if (folder / INDEX).is_file():
+        stale |= set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    os.replace(folder / "new.safetensors", folder / SINGLE)
+    for name in stale - {SINGLE}:
+        (folder / name).unlink(missing_ok=True)
     os.replace(folder / "new.json", folder / "config.json")
     return folder
 

@@ -113,7 +113,8 @@ class DraftController:
 
     def speedups(self, batch: int) -> tuple[float, ...]:
         """`[K + 1]`: predicted tokens a second for 0 to K draft tokens, against plain decoding."""
-        return _speedups(self.cost, batch, self.acceptance)
+        first, *others = self.acceptance  # a row without a proposal gives one token
+        return _speedups(self.cost, batch, [first * self._recent.coverage, *others])
 
     def choose(self, batch: int) -> int:
         """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`."""
@@ -180,9 +181,12 @@ class DraftController:
             CheckpointError: a state of another kind, or of another `max_steps`.
         """
         lists = [state.get(k, {}) for k in ("recent", "slow")]
+        complete = all("rows" in part for part in lists)
         lists = [part.get(k, []) for part in lists for k in ("judged", "accepted")]
-        if {"current", "credit", "best"} - state.keys() or any(
-            len(part) != self.max_steps for part in [*lists, state["best"]]
+        if (
+            not complete
+            or {"current", "credit", "best"} - state.keys()
+            or any(len(part) != self.max_steps for part in [*lists, state["best"]])
         ):
             raise CheckpointError(
                 f"the state is not of a DraftController with max_steps={self.max_steps}; expected "
@@ -201,6 +205,12 @@ class _Rates:
         self._halflife = halflife
         self.judged = [0.0] * max_steps
         self.accepted = [0.0] * max_steps
+        self.rows = 0.0
+
+    @property
+    def coverage(self) -> float:
+        """Share of the rows of passes with proposals that had one."""
+        return self.judged[0] / self.rows if self.rows else 1.0
 
     def add(self, stats: AcceptanceStats) -> None:
         if not stats.judged:
@@ -212,6 +222,7 @@ class _Rates:
             )
         # Every position fades with the rows of the first: what is no longer tried is forgotten.
         fading = 0.5 ** (stats.judged[0] / self._halflife)
+        self.rows = self.rows * fading + stats.num_verify_steps
         for counts, new in ((self.judged, stats.judged), (self.accepted, stats.accepted)):
             for k, count in enumerate(counts):
                 counts[k] = count * fading + (new[k] if k < len(new) else 0)
@@ -225,11 +236,12 @@ class _Rates:
             rates.append(kept / judged)
         return rates
 
-    def state(self) -> dict[str, list[float]]:
-        return {"judged": list(self.judged), "accepted": list(self.accepted)}
+    def state(self) -> dict[str, Any]:
+        return {"judged": list(self.judged), "accepted": list(self.accepted), "rows": self.rows}
 
-    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.judged, self.accepted = list(state["judged"]), list(state["accepted"])
+        self.rows = float(state["rows"])
 
 
 def _speedups(cost: CostModel, batch: int, acceptance: Sequence[float]) -> tuple[float, ...]:

@@ -27,6 +27,9 @@ class Proposal:
     probs_RKV: Tensor | None = None
     """float32 `[R, K, V]` over the target's vocabulary; None: the draft had no choice, so each
     token counts as drawn with probability 1."""
+    salt: int = 0
+    """Another one whenever earlier answers are added to what tokens are copied from: a request
+    whose seed made such an answer must not be judged by the numbers that made it."""
     lengths: tuple[int, ...] | None = None
     """`[R]`: how many tokens of each row are proposals, the others being filling; None: all."""
 

@@ -108,7 +108,10 @@ class MTPDraft(ModelDraft):
             rotary=type(backbone.rotary_emb),
         )
         weight: Any = shared.embedding.weight
-        return draft.to(weight.device, dtype or weight.dtype)
+        draft.to(weight.device)
+        for parameter in draft.parameters():  # buffers (the router's bias) stay float32
+            parameter.data = parameter.data.to(dtype or weight.dtype)
+        return draft
 
     @classmethod
     def from_checkpoint(

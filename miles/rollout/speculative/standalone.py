@@ -10,8 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miles.errors import ShapeError, UnsupportedModelError
+from miles.errors import SettingError, ShapeError, UnsupportedModelError
 from miles.rollout._kv import supports_slots
+from miles.rollout.speculative._draft_memory import ModelMemory
 from miles.rollout.speculative._keys import SlotKeys, UnrolledKeys
 from miles.rollout.speculative._model_draft import ModelDraft, check_head, text_config
 
@@ -68,6 +69,20 @@ class StandaloneDraft(ModelDraft):
     def borrowed(self) -> list[nn.Module]:
         """Nothing of the target."""
         return []
+
+    def memory(self, *, num_slots: int, max_context: int, cuda_graphs: bool = True) -> ModelMemory:
+        """As `ModelDraft.memory`.
+
+        Raises:
+            SettingError: more tokens than the small model has positions for.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None) or max_context
+        if max_context > limit:
+            raise SettingError(
+                f"max_context is {max_context} and the draft ({type(self.model).__name__}) reaches "
+                f"{limit}; give the engine max_context={limit}, or take a draft that reaches as far"
+            )
+        return super().memory(num_slots=num_slots, max_context=max_context, cuda_graphs=cuda_graphs)
 
     def fuse(self, features: Tensor) -> Tensor:
         """It reads none."""

@@ -345,8 +345,15 @@ class DraftTrainer:
                 draft stays as it was and what was observed is dropped.
         """
         self._check_here()
-        if not self._metrics:
-            raise EmptyBatchError("nothing was observed since the last step; call observe() first")
+        seen = torch.tensor(len(self._metrics), device=self._params[0].device)
+        if self._group is not None:  # one that has nothing would leave the others waiting
+            dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=self._group)
+        if not self._metrics or not seen:
+            where = "here" if not self._metrics else "on another rank"
+            raise EmptyBatchError(
+                f"nothing was observed {where} since the last step; call observe() on every rank, "
+                "with a mask of False where there is nothing to learn"
+            )
         metrics = reduce_metrics(self._metrics, group=self._group)
         sums = self._summed(torch.stack(self._sums).sum(0))
         divisor = sums[0].clamp(min=1).to(self._params[0].dtype)

@@ -95,7 +95,9 @@ def draft_of(kind: str, model: nn.Module, seed: int = 1) -> Any:
         case "mtp_3":
             return MTPDraft.from_target(model, num_modules=3)
         case "standalone":
-            return StandaloneDraft.from_target(model, target(num_layers=2, seed=9))
+            return StandaloneDraft.from_target(
+                model, target(num_layers=2, seed=9, max_position_embeddings=128)
+            )
     raise AssertionError(kind)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from miles.errors import NonFiniteError
+from miles.errors import EmptyBatchError, NonFiniteError
 from miles.rollout.speculative.losses import TargetLogits
 from miles.rollout.speculative.trainer import Captured, DraftTrainer
 from tests.distributed.gloo import run
@@ -71,3 +71,20 @@ def test_ranks_train_one_draft_and_refuse_together(tmp_path):
         torch.testing.assert_close(rank["weights"], one["weights"])
         torch.testing.assert_close(rank["metrics"], one["metrics"])
         assert "norm of its gradient is nan" in rank["error"]
+
+
+def only_rank_0_observes():
+    trainer = DraftTrainer(Draft(), None, group=torch.distributed.group.WORLD)
+    if torch.distributed.get_rank() == 0:
+        seen = next(passes())
+        trainer.observe(torch.ones_like(seen.input_ids_BL).bool(), captured=seen)
+    try:
+        trainer.step()
+    except EmptyBatchError as error:
+        return str(error)
+
+
+def test_a_rank_that_observed_nothing_is_told_of_on_all(tmp_path):
+    got = run(only_rank_0_observes, 2, tmp_path)
+    assert "nothing was observed on another rank" in got[0]
+    assert "nothing was observed here" in got[1]
