@@ -185,7 +185,7 @@ def test_the_binding_dies_with_the_graph():
 
 def bindings(model) -> list[_checkpoint.Again]:
     routers = {module for module in model.modules() if "Router" in type(module).__name__}
-    found = [obj for obj in gc.get_objects() if isinstance(obj, _checkpoint.Again)]
+    found = [obj for obj in gc.get_objects() if type(obj) is _checkpoint.Again]
     return [obj for obj in found if routers & {router.module for router in obj.forced}]
 
 
