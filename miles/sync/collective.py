@@ -267,7 +267,7 @@ class CollectiveReceiver:
             self._link.send(0, {"seconds": time.perf_counter() - start})
         except PeerLostError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # whatever it was, the sender has to hear of it
             # Either buffer may be served in part now: neither is written again.
             self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
             self._link.send(0, {"error": f"{type(error).__name__}: {error}"})

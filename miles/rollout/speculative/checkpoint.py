@@ -129,7 +129,7 @@ def load_draft(folder: str | Path, model: nn.Module) -> ModelDraft:
     """A draft for `model` from a checkpoint: one of `export_draft`'s, or a published one.
 
     EAGLE and EAGLE-3 checkpoints may hold an embedding, which is left out: the target's is read.
-    The draft has the file's dtype and the target's device.
+    The draft has the file's dtype (an `MTPDraft` its target's) and the target's device.
 
     Args:
         folder: Of `config.json` and `model.safetensors` (or several, or `pytorch_model.bin`).

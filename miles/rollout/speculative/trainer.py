@@ -16,12 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from miles.errors import (
-    CheckpointError,
-    EmptyBatchError,
-    NonFiniteError,
-    SettingError,
-)
+from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, SettingError
 from miles.losses import Metrics, reduce_metrics
 from miles.packed import Packed
 from miles.rollout.speculative._capture import Captured, capturing
@@ -32,15 +27,9 @@ from miles.rollout.speculative._training_checks import (
     check_own,
     check_settings,
 )
-from miles.rollout.speculative.losses import (
-    Kind,
-    MaskPolicy,
-    check_loss_settings,
-    loss_of_rows,
-)
+from miles.rollout.speculative.losses import Kind, MaskPolicy, check_loss_settings, loss_of_rows
 
 __all__ = ["Captured", "DraftTrainer", "TrainableDraft", "TrainingAdvice"]
-
 
 VOCABULARY_MAPS = ("d2t", "t2d")
 
