@@ -74,7 +74,7 @@ def build(config: Config) -> Any:
     model_config = transformers.LlamaConfig(
         vocab_size=config.vocabulary, hidden_size=config.hidden,
         intermediate_size=config.hidden * 7 // 2, num_hidden_layers=config.layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
+        num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=config.length, tie_word_embeddings=False,
         eos_token_id=None, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip

@@ -335,6 +335,24 @@ def delta_sparsity() -> str:
     return "\n".join(lines)
 
 
+def speculative() -> str:
+    """Tokens a second of rollouts with a draft and without, by batch."""
+    lines = [
+        "| hardware, date, commit | policy, draft | engine | batch | variant"
+        " | tokens a second (p20 to p80) | times plain (p20 to p80) | accept length |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows("speculative"):
+        speed = "{tokens_per_second} ({p20} to {p80})".format(**row)
+        times = [f"{float(row[f'speedup{end}']):.2f}" for end in ("", "_p20", "_p80")]
+        cells = [f"{row['hardware']}, {row['date']}, {row['commit']}"]
+        cells += [f"{row['policy']}, {row['draft']}", row["engine"], row["batch"], row["variant"]]
+        cells += [speed, "{} ({} to {})".format(*times)]
+        cells += [f"{float(row['accept_length']):.2f}" if row["accept_length"] else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def weight_sync() -> str:
     """GB/s of each carrier and model, beside a copy, and where the time goes."""
     lines = [
@@ -389,10 +407,14 @@ TABLES = {
     "routing": routing,
     "routing_bytes": routing_bytes,
     "routing_sglang": routing_sglang,
+    "speculative": speculative,
     "weight_sync": weight_sync,
     "weight_sync_sglang": weight_sync_sglang,
 }
-PAGES = ("README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md", "docs/sync.md")
+PAGES = (
+    "README.md", "docs/losses.md", "docs/moe.md", "docs/precision.md", "docs/speculative.md",
+    "docs/sync.md",
+)  # fmt: skip
 FILES = [HERE.parent / path for path in PAGES]
 
 

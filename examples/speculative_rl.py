@@ -1,6 +1,6 @@
 """RL with speculative rollouts: a draft that learns beside the policy, and one that doesn't.
 
-    python examples/speculative_rl.py            # a few minutes on two CPU cores
+    python examples/speculative_rl.py            # about ten minutes on two CPU cores
     python examples/speculative_rl.py --resume   # after Ctrl-C
 
 The task is a sum with its running totals (`3+4-2=` is answered `7 5`), learnt from a teacher who is
@@ -15,11 +15,12 @@ reward.png, checkpoints of the policy, and of the draft in `draft/`.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import math
 import random
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from miles.rollout import HFEngine, Sample, SamplingParams, TrainBatch, collate
-from miles.rollout.speculative import AcceptanceStats, DraftTrainer, Eagle3Draft
+from miles.rollout.speculative import AcceptanceStats, DraftTrainer, Eagle3Draft, export_draft
 from miles.sync import InProcessSyncer, SyncReport
 
 
@@ -42,9 +43,9 @@ class SpeculativeConfig(Config):
 
     out: Path = Path("runs/speculative")
     """Folder of the run."""
-    num_steps: int = 60
+    num_steps: int = 40
     """Rollout-and-train steps."""
-    num_prompts: int = 64
+    num_prompts: int = 128
     """Prompts per step."""
     num_epochs: int = 2
     """Passes over one rollout; the draft takes a step with each micro-batch."""
@@ -52,9 +53,11 @@ class SpeculativeConfig(Config):
     """Samples per forward pass."""
     max_new_tokens: int = 20
     """Longest answer, in tokens."""
-    num_terms: int = 6
+    learning_rate: float = 1e-3
+    """AdamW, for RL; falls linearly to a tenth."""
+    num_terms: int = 4
     """Numbers of a sum: one total fewer in the answer."""
-    warmup_steps: int = 800
+    warmup_steps: int = 1200
     """Supervised steps before RL, on a teacher's answers with every second total one too high."""
 
     draft_steps: int = 4
@@ -65,18 +68,64 @@ class SpeculativeConfig(Config):
     """AdamW, for the draft."""
     draft_warmup_updates: int = 300
     """Updates of the draft before RL, on the policy's answers of that time."""
-    num_compared: int = 256
+    num_compared: int = 128
     """Prompts that the frozen draft speculates on after each step."""
-    num_rewards: int = 2048
+    num_rewards: int = 1024
     """Answers with the draft, and as many without, that are compared at the end."""
+
+
+def terms_of(text: str) -> list[int]:
+    """The numbers of a sum, with their signs: 3, 4 and -2 of `3+4-2=`."""
+    return [int(term) for term in text.rstrip("=").replace("-", "+-").split("+") if term]
+
+
+def answers_to(
+    engine: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Iterable[Any]
+) -> list[Sample]:
+    """One answer to each prompt, from an engine of ours."""
+    pairs = zip(prompts, seeds, strict=False)
+    waiting = [engine.submit(prompt, replace(params, seed=seed)) for prompt, seed in pairs]
+    return [answer.result() for answer in waiting]
+
+
+def train_draft(
+    trainer: DraftTrainer, policy: Any, sampled: Callable[[int], list[Sample]], *,
+    updates: int, micro_batch_size: int, device: str, seconds: float = math.inf,
+) -> None:  # fmt: skip
+    """Let a draft learn the answers of a policy that stays as it is.
+
+    Args:
+        trainer: the draft's.
+        policy: whose hidden states and logits it learns from.
+        sampled: gives so many fresh answers of the policy.
+        updates: most steps of the draft's optimizer.
+        micro_batch_size: answers of each.
+        device: the policy's.
+        seconds: after which no further step begins.
+    """
+    end = time.monotonic() + seconds
+    for update in range(updates):
+        if update % 10 == 0:
+            answers = sampled(4 * micro_batch_size)
+        picked = random.Random(update).sample(answers, micro_batch_size)
+        batch = collate(picked).to(device)
+        with trainer.capture(), torch.no_grad():
+            policy(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
+        trainer.observe(batch.packed)
+        metrics = trainer.step()
+        last = update == updates - 1 or time.monotonic() > end
+        if update % 50 == 0 or last:
+            steps = [f"{v:.2f}" for k, v in metrics.items() if k.startswith("draft/acceptance")]
+            print(f"draft update {update}: acceptance {' '.join(steps)}", flush=True)
+        if last:
+            return
 
 
 class RunningTotals(ChainSum):
     """A chain of one-digit numbers, answered with every total on the way."""
 
     def totals(self, problem: Problem) -> list[int]:
-        terms = problem.prompt.rstrip("=").replace("-", "+-").split("+")
-        return list(accumulate(int(term) for term in terms if term))[1:]
+        return list(accumulate(terms_of(problem.prompt)))[1:]
 
     def taught(self, problem: Problem, teacher: random.Random) -> str:
         """Every total is one too high half of the time."""
@@ -91,19 +140,27 @@ class RunningTotals(ChainSum):
 
 
 class Speculation:
-    """The run's engine with its draft, that draft's trainer, and an engine to compare with."""
+    """The run's engine with its draft, that draft's trainer, and an engine to compare with.
 
-    def __init__(self, config: SpeculativeConfig, task: ChainSum, model: Any, tokenizer: Any):
+    `target_ids` are the draft's vocabulary, if it has one of its own.
+    """
+
+    def __init__(
+        self, config: SpeculativeConfig, task: ChainSum, model: Any, tokenizer: Any, *,
+        target_ids: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self._config, self._task, self._model, self._tokenizer = config, task, model, tokenizer
         self._folder = config.out / "draft"
         self._seeds = count(10**14)
         self._batches: dict[int, TrainBatch] = {}
         self._seen = AcceptanceStats()
         self._readings: dict[str, Any] = {}
-        self.draft = Eagle3Draft.from_target(model)
+        on_gpu = config.device == "cuda"
+        self._dtype = torch.bfloat16 if on_gpu else torch.float32  # of the engines' drafts
+        self.draft = Eagle3Draft.from_target(model.to(config.device), target_ids=target_ids)
         self.trainer = DraftTrainer(
             self.draft, model, lr=config.draft_learning_rate, steps=config.unroll,
-            temperature=config.temperature,
+            temperature=config.temperature, autocast=torch.bfloat16 if on_gpu else None,
         )  # fmt: skip
 
     def start(self, config: Any, model_dir: Path, _: str) -> tuple[HFEngine, Speculation]:
@@ -117,8 +174,9 @@ class Speculation:
         state = torch.load(first, weights_only=True)["draft"]
         self._engines, self._drafts, self._syncers = [], [], []
         for _ in ("online", "frozen"):
-            draft = Eagle3Draft.from_target(served, dtype=torch.float32)
-            draft.load_state_dict(state)
+            ids = self.draft.target_ids
+            draft = Eagle3Draft.from_target(served, target_ids=ids, dtype=self._dtype)
+            draft.load_state_dict(draft.state_dict() | state)  # a vocabulary is not in `state`
             engine = HFEngine(
                 served, max_batch=config.max_batch, draft=draft, draft_steps=config.draft_steps
             )
@@ -191,6 +249,12 @@ class Speculation:
             f"{z:+.1f} standard errors apart"
         )
 
+    def export(self, folder: Path) -> None:
+        """The policy and its draft as a server loads them, in `policy/` and `draft/`."""
+        self._engines[0].model.save_pretrained(folder / "policy")
+        self._tokenizer.save_pretrained(folder / "policy")
+        export_draft(self._drafts[0], folder / "draft", dtype=torch.bfloat16)
+
     def plot(self) -> int:
         """acceptance.png: accept length over steps; how many there were."""
         import matplotlib
@@ -212,19 +276,12 @@ class Speculation:
         return len(rows)
 
     def _warm_up(self, engine: HFEngine) -> None:
-        updates = self._config.draft_warmup_updates
-        for update in range(updates):
-            if update % 10 == 0:
-                answers = self._answers(engine, 4 * self._config.micro_batch_size)
-            picked = random.Random(update).sample(answers, self._config.micro_batch_size)
-            batch = collate([sample for sample, _ in picked]).to(self._config.device)
-            with self.trainer.capture(), torch.no_grad():
-                self._model(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
-            self.trainer.observe(batch.packed)
-            metrics = self.trainer.step()
-            if update % 50 == 0 or update == updates - 1:
-                steps = [f"{v:.2f}" for k, v in metrics.items() if k.startswith("draft/acceptance")]
-                print(f"draft update {update}: acceptance {' '.join(steps)}", flush=True)
+        train_draft(
+            self.trainer, self._model,
+            lambda number: [sample for sample, _ in self._answers(engine, number)],
+            updates=self._config.draft_warmup_updates,
+            micro_batch_size=self._config.micro_batch_size, device=self._config.device,
+        )  # fmt: skip
         engine.close()
 
     def _answers(self, engine: HFEngine, number: int) -> list[tuple[Sample, Problem]]:
@@ -232,13 +289,8 @@ class Speculation:
         params = SamplingParams(
             max_new_tokens=self._config.max_new_tokens, temperature=self._config.temperature
         )
-
-        async def all_of_them() -> list[Sample]:
-            prompts = [self._tokenizer(p.prompt)["input_ids"] for p in problems]
-            seeded = [replace(params, seed=next(self._seeds)) for _ in prompts]
-            return await asyncio.gather(*map(engine.generate, prompts, seeded))
-
-        return list(zip(asyncio.run(all_of_them()), problems, strict=True))
+        prompts = [self._tokenizer(p.prompt)["input_ids"] for p in problems]
+        return list(zip(answers_to(engine, prompts, params, self._seeds), problems, strict=True))
 
     def _rewards(self, answers: list[tuple[Sample, Problem]]) -> Tensor:
         texts = [s.response_tokens for s, _ in answers]

@@ -254,7 +254,7 @@ PARAMETERS = {
     "miles.sync.SharedMemorySyncer": "address * timeout",
     "miles.sync.SharedMemoryReceiver": "target address",
     "miles.sync.CollectiveSyncer": ("group * trainers bucket_bytes timeout device progress"),
-    "miles.sync.CollectiveReceiver": "target group * timeout device",
+    "miles.sync.CollectiveReceiver": "target group * timeout device alias",
     "miles.sync.CudaIpcSyncer": "address * bucket_bytes timeout",
     "miles.sync.CudaIpcReceiver": "target address * direct alias",
     "miles.sync.SGLangSyncer": (

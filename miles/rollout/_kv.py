@@ -428,7 +428,7 @@ def _tape(recorder: RoutingReplay | None, recorded: list[Tensor]) -> RoutingTape
 @contextlib.contextmanager
 def _only_positions(model: nn.Module, last_U: Tensor) -> Iterator[None]:
     """Have the head see one position a row, so that no `[U, L, V]` is ever made."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # of transformers
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]

@@ -6,6 +6,7 @@ begins with a block of 4096 bytes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from miles.errors import SyncError
 from miles.sync._checksum import BLOCK
 from miles.sync._copies import Pieces
-from miles.sync._plan import layout
 from miles.sync._session import Specs
 
 __all__ = ["Layout", "Piece", "Share", "pack", "runs", "shares", "unpack"]
@@ -33,11 +33,11 @@ class Layout:
     """
 
     def __init__(self, specs: Specs) -> None:
-        offsets, self.nbytes = layout(specs, alignment=BLOCK)
         self.specs, self.names = specs, list(specs)
         self.number = {name: i for i, name in enumerate(self.names)}
-        self.offsets = list(offsets.values())
         self.sizes = [d.itemsize * torch.Size(s).numel() for s, d in specs.values()]
+        ends = [0, *itertools.accumulate(_whole(size) for size in self.sizes)]
+        self.offsets, self.nbytes = ends[:-1], ends[-1]
         self.dtypes = [dtype for _, dtype in specs.values()]
 
     def views(self, data: Tensor) -> dict[str, Tensor]:

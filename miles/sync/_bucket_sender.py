@@ -19,24 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from miles.errors import SettingError, SyncError
+from miles.errors import SyncError
 from miles.protocols import SyncReport
 from miles.sync import _copies
-from miles.sync._bucket_plan import Layout, Piece, Share, pack, runs, shares
-from miles.sync._buckets import whole
+from miles.sync._bucket_plan import Layout, Piece, pack, runs
+from miles.sync._buckets import check_bucket_bytes, whole
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory
-from miles.sync._plan import check_version, pair
+from miles.sync._plan import at_once, check_version, pair
 from miles.sync._session import Sender, Session, answer, send, specs_of
+from miles.sync._sources import Collection
 
 __all__ = ["BucketSender", "slot_bytes"]
 
 HALVES = 2
 _QUEUED = 4
 """Buckets that may be under way before the first of them is waited for."""
-_ITEMS: Any = type({}.items())
 Weights = Iterable[tuple[str, Tensor]]
 
 
@@ -51,8 +50,7 @@ class BucketSender(Sender):
     def __init__(
         self, address: Any, *, memory: Memory, bucket_bytes: int = 1 << 28, timeout: float = 120.0
     ) -> None:
-        if bucket_bytes < BLOCK or bucket_bytes % BLOCK:
-            raise SettingError(f"bucket_bytes is {bucket_bytes}; expected a multiple of {BLOCK}")
+        check_bucket_bytes(bucket_bytes)
         super().__init__(address, timeout=timeout)
         self._memory, self._bucket_bytes = memory, bucket_bytes
 
@@ -86,7 +84,7 @@ class _BucketSession:
         self._num_bytes = sum(self._layout.sizes)
         self._staging: dict[int, Tensor] = {}
         self._slab: Tensor | None = None
-        self._order: tuple[list[str], list[Share]] = [], []
+        self._collection = Collection(self._layout, bucket_bytes, memory.check)
         setup: dict[str, Any] = {"bucket_bytes": bucket_bytes}
         if hello["direct"]:
             send(connection, setup)
@@ -106,7 +104,7 @@ class _BucketSession:
                 seconds=time.perf_counter() - start,
             )
         buckets = _Buckets(self, version)
-        if isinstance(weights, (list, tuple, _ITEMS)):
+        if at_once(weights):
             self._write_all(weights, buckets)
         else:
             self._write_one_by_one(weights, buckets)
@@ -145,18 +143,8 @@ class _BucketSession:
 
     def _write_all(self, weights: Weights, buckets: _Buckets) -> None:
         """Tensors that are all there, bucket by bucket."""
-        names = [name for name, _ in weights]
-        tensors = [tensor for _, tensor in weights]
-        if names != self._order[0]:
-            if len(names) != len(self._layout.names) or set(names) != self._layout.number.keys():
-                # Tied ones have more names, and `pair` knows which are; or it raises.
-                pairs = dict(pair(weights, self._layout.specs))
-                names, tensors = list(pairs), list(pairs.values())
-            if names != self._order[0]:
-                order = [self._layout.number[name] for name in names]
-                self._order = names, shares(order, self._layout, self._bucket_bytes)
-        sources = _Sources(names, tensors, self._layout, self._memory)
-        for share in self._order[1]:
+        shares, sources = self._collection.cut(weights)
+        for share in shares:
             out, sums = buckets.next()
             pieces = share.in_place if self._slab is None else share.in_slab
             taken = sources.of(share, out.device)
@@ -240,46 +228,6 @@ class _Buckets:
             raise SyncError(f"the receiver answered {reply}; expected bucket {number} to be taken")
         self._taken += 1
         self.waited += time.perf_counter() - start
-
-
-class _Sources:
-    """Tensors of a collection, made such that they can be copied."""
-
-    def __init__(
-        self, names: list[str], tensors: list[Tensor], where: Layout, memory: Memory
-    ) -> None:
-        self._names, self._tensors, self._where, self._memory = names, tensors, where, memory
-        self._last: tuple[int, Tensor] | None = None
-
-    def of(self, share: Share, device: torch.device) -> list[Tensor]:
-        """Of each piece its tensor; others than `_copies.is_taken` are copied first."""
-        found = []
-        specs, tensors = self._where.specs, self._tensors
-        ats = range(share.first, share.first + len(share.pieces))
-        for at, name, dtype in zip(
-            ats, self._names[ats.start : ats.stop], share.dtypes, strict=True
-        ):
-            tensor = tensors[at]
-            if tensor.shape != specs[name][0]:
-                raise SyncError(
-                    f"{name} has shape {tuple(tensor.shape)}; the engine expects {specs[name][0]}"
-                )
-            kind = type(tensor)
-            if (kind is not Tensor and kind is not Parameter) or not _copies.is_taken(
-                tensor, dtype, device
-            ):
-                tensor = self._made(at, name, dtype, device)
-            found.append(tensor)
-        return found
-
-    def _made(self, at: int, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self._last is None or self._last[0] != at:  # it may be in several buckets
-            tensor = whole(self._tensors[at], dtype)
-            self._memory.check(name, tensor)
-            if not _copies.is_taken(tensor, dtype, device):
-                tensor = tensor.to(device, dtype).contiguous()
-            self._last = at, tensor
-        return self._last[1]
 
 
 class _Stream:

@@ -12,37 +12,26 @@ It guards against faults, not against forgers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from miles.sync import _kernels
-from miles.sync._plan import ALIGNMENT
 
-__all__ = ["BLOCK", "block_sums", "checksum", "checksums", "salt", "weights", "wrap"]
+__all__ = ["BLOCK", "block_sums", "checksum", "salt", "weights", "wrap"]
 
 BLOCK = 4096
 """Bytes that share a sum in `block_sums`."""
-_ROWS, _WORDS = BLOCK // ALIGNMENT, ALIGNMENT // 8
+_ROWS, _WORDS = 16, 32
 # The golden ratio's and splitmix64's odd constants, as signed numbers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _PART = 1 << 21
 """Words that are worth a thread of their own."""
-
-
-class _Piece(Protocol):
-    @property
-    def start(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 def wrap(number: int) -> int:
@@ -67,33 +56,8 @@ def checksum(tensor: Tensor) -> int:
     full = flat.numel() // BLOCK
     tail = flat.new_zeros(BLOCK)
     tail[: flat.numel() - full * BLOCK] = flat[full * BLOCK :]
-    sums_B = torch.cat([_sums(flat[: full * BLOCK], _ROWS), _sums(tail, _ROWS)])
+    sums_B = torch.cat([_sums(flat[: full * BLOCK]), _sums(tail)])
     return int((_mix(torch.arange(full + 1, device=flat.device)) * sums_B).sum())
-
-
-def checksums(data: Tensor, pieces: Sequence[_Piece]) -> Tensor:
-    """What each piece adds to the checksum of its tensor; on a GPU without waiting for it.
-
-    Args:
-        data: uint8, a multiple of 256 long; pieces are at multiples of 256 and followed by zeros.
-        pieces: in order, without gaps but the zeros.
-
-    Returns:
-        int64 `[pieces]`, on the device of `data`.
-    """
-    firsts = [piece.offset // ALIGNMENT for piece in pieces]
-    counts = [-(-piece.nbytes // ALIGNMENT) for piece in pieces]
-    shifts = [piece.start // ALIGNMENT - first for piece, first in zip(pieces, firsts, strict=True)]
-    table = torch.tensor([firsts, counts, shifts], dtype=torch.int64).to(data.device)
-    num_rows = data.numel() // ALIGNMENT
-    max_block = max((piece.start + piece.nbytes) // BLOCK for piece in pieces)
-    rows_R = torch.arange(num_rows, device=data.device)
-    rows_R += torch.repeat_interleave(table[2], table[1], output_size=num_rows)
-    before_R1 = torch.zeros(num_rows + 1, dtype=torch.int64, device=data.device)
-    sums_R = _sums(data, 1).mul_(_of_rows(data.device)[rows_R % _ROWS])
-    sums_R *= _mix(torch.arange(max_block + 1, device=data.device))[rows_R // _ROWS]
-    torch.cumsum(sums_R, 0, out=before_R1[1:])
-    return before_R1[table[0] + table[1]] - before_R1[table[0]]
 
 
 def block_sums(data: Tensor, *, version: int) -> Tensor:
@@ -116,27 +80,23 @@ def block_sums(data: Tensor, *, version: int) -> Tensor:
         >>> sums.tolist() == [0, checksum(data[BLOCK:])]
         True
     """
-    return _sums(data, _ROWS).add_(salt(version))
+    return _sums(data).add_(salt(version))
 
 
 @functools.cache
-def weights(num_rows: int, device: torch.device) -> Tensor:
-    """int64, of the words of a row, `w(j)`, or of those of a block's 16 rows, `h(r) * w(j)`."""
-    weights_J = _mix(torch.arange(_WORDS) + 2**32).to(device)
-    return weights_J if num_rows == 1 else (_of_rows(device)[:, None] * weights_J).flatten()
+def weights(device: torch.device) -> Tensor:
+    """int64, of the words of a block, `h(r) * w(j)`."""
+    of_words_J = _mix(torch.arange(_WORDS) + 2**32)
+    of_rows_R = _mix(torch.arange(_ROWS) + 2**33)
+    return (of_rows_R[:, None] * of_words_J).flatten().to(device)
 
 
-@functools.cache
-def _of_rows(device: torch.device) -> Tensor:
-    return _mix(torch.arange(_ROWS) + 2**33).to(device)
-
-
-def _sums(data: Tensor, num_rows: int) -> Tensor:
-    """int64: the weighted sum of every row, or of every 16."""
+def _sums(data: Tensor) -> Tensor:
+    """int64: the weighted sum of every block."""
     if data.storage_offset() % 8 or data.data_ptr() % 8:
         data = data.clone()
-    words_BK = data.view(torch.int64).view(-1, num_rows * _WORDS)
-    weights_K = weights(num_rows, data.device)
+    words_BK = data.view(torch.int64).view(-1, BLOCK // 8)
+    weights_K = weights(data.device)
     sums_B = torch.empty(len(words_BK), dtype=torch.int64, device=data.device)
     if data.device.type == "cpu":
         _add_up(words_BK.numpy(), weights_K.numpy(), sums_B.numpy())

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from miles.errors import SyncError
-from miles.sync._buckets import Bucket, Piece, Specs, cut
-from miles.sync._inbox import total
 from miles.sync._link import Link, PeerLostError
-from miles.sync._plan import check_version, layout
+from miles.sync._outbox import Bucket, Outbox
+from miles.sync._plan import check_version
+from miles.sync._session import Specs
 
 __all__ = ["Sender"]
 
@@ -30,9 +29,11 @@ class Sender:
     def __init__(self, link: Link, bucket_bytes: int) -> None:
         self._link, self._bucket_bytes = link, bucket_bytes
         self._peers = range(1, link.size)
-        self._buffers: list[Tensor] = []
+        self._outbox: Outbox | None = None
         self._works: list[Any] = []  # broadcasts under way, oldest first
+        self._waited = 0.0
         self._at = ""
+        self._expects: dict[int, dict[str, Any]] = {}  # what each receiver said last
         self._pushed: int | None = None
         self._lost = ""
 
@@ -41,8 +42,12 @@ class Sender:
         if self._lost:
             raise SyncError(f"{self._lost}; make a new process group, and a syncer of it")
         try:
-            self._tell({"op": "hello"})
+            self._tell({"op": "hello", "known": bool(self._expects)})
             hellos = {rank: self._link.receive(rank) for rank in self._peers}
+            for rank, hello in hellos.items():
+                if "tensors" not in hello and rank not in self._expects:
+                    raise PeerLostError(f"rank {rank} sent nonsense: a hello without tensors", rank)
+                self._expects[rank] = hello.get("tensors") or self._expects.get(rank, {})
             refusal = self._refusal(hellos, version)
             served = min(hello["version"] for hello in hellos.values())
             skip = bool(refusal) or served == version
@@ -52,22 +57,28 @@ class Sender:
             raise self._give_up(error, version) from error
         if refusal:
             raise SyncError(refusal)
-        return {"skip": skip, "served": served, "tensors": hellos[1]["tensors"]}
+        return {"skip": skip, "served": served, "tensors": self._expects[1]}
 
     def send(
         self,
-        tensors: Iterable[tuple[str, Tensor]],
+        weights: Iterable[tuple[str, Tensor]],
         specs: Specs,
         version: int,
         moved: Callable[[int], object],
     ) -> dict[str, Any]:
-        """Stream, ask for votes, and commit or abort; the fields of a report."""
+        """Stream, ask for votes, and commit or abort; the fields of a report.
+
+        Args:
+            weights: a collection, or a stream of whole tensors of these names and shapes.
+            specs: what the receivers expect.
+            version: of the weights.
+            moved: is told how many bytes are under way, bucket by bucket.
+        """
         start = time.perf_counter()
         self._at = ""
         try:
-            sums, sending = self._stream(tensors, specs, moved)
+            number, sending = self._stream(weights, specs, version, moved)
             streamed = time.perf_counter()
-            self._tell({"op": "end", "checksums": total(sums)})
             votes = {rank: self._link.receive(rank) for rank in self._peers}
         except PeerLostError as error:
             raise self._give_up(error, version) from error
@@ -83,13 +94,13 @@ class Sender:
             )
         voted = time.perf_counter()
         done = self._commit(version)
-        num_bytes = sum(piece.nbytes for pieces, _ in sums for piece in pieces)
+        num_bytes = self._outbox.num_bytes if self._outbox else 0
         commit = max(answer["seconds"] for answer in done.values())
         return {
             "num_tensors": len(specs),
             "num_bytes": num_bytes,
             "copied_bytes": num_bytes * (1 + len(self._peers)),
-            "num_buckets": len(sums),
+            "num_buckets": number,
             "phases": {
                 "gather": streamed - start - sending,
                 "send": sending,
@@ -101,7 +112,7 @@ class Sender:
 
     def close(self) -> None:
         """Tell the receivers that no more will come."""
-        self._buffers = []
+        self._outbox = None
         if not self._lost:
             self._lost = "this syncer is closed"
             with contextlib.suppress(PeerLostError):
@@ -119,8 +130,8 @@ class Sender:
                     f"rank {rank} serves version {hello['version']}; this trainer's last push was "
                     f"{self._pushed}, so another one syncs the same engine; expected one trainer"
                 )
-            mine, first = hello["tensors"], hellos[1]["tensors"]
-            for name in [*first, *mine]:
+            mine, first = self._expects[rank], self._expects[1]
+            for name in [*first, *mine] if mine != first else ():
                 if mine.get(name) != first.get(name):
                     return (
                         f"rank {rank} expects {name} as {mine.get(name)}, rank 1 as "
@@ -128,48 +139,56 @@ class Sender:
                     )
         return ""
 
+    def nbytes(self, specs: Specs) -> int:
+        """Bytes that a version takes."""
+        return self._prepared(specs).nbytes
+
+    def _prepared(self, specs: Specs) -> Outbox:
+        if self._outbox is None or self._outbox.specs != specs:
+            self._outbox = Outbox(specs, self._bucket_bytes, self._link.device)
+        return self._outbox
+
     def _stream(
-        self, tensors: Iterable[tuple[str, Tensor]], specs: Specs, moved: Callable[[int], object]
-    ) -> tuple[list[tuple[list[Piece], Tensor]], float]:
-        """Broadcast everything; the checksums of the pieces, and the seconds spent on waiting."""
-        sums: list[tuple[list[Piece], Tensor]] = []
-        waited = 0.0
-        size = min(self._bucket_bytes, layout(specs)[1])
-        if not self._buffers or self._buffers[0].numel() < size:
-            self._buffers = [
-                torch.empty(size, dtype=torch.uint8, device=self._link.device) for _ in range(2)
-            ]
-
-        def buffer(index: int) -> Tensor:
-            nonlocal waited
-            begun = time.perf_counter()
-            self._settle(1)
-            waited += time.perf_counter() - begun
-            return self._buffers[index % 2]
-
-        for bucket in cut(tensors, specs, bucket_bytes=self._bucket_bytes, buffer=buffer):
-            begun = time.perf_counter()
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        specs: Specs,
+        version: int,
+        moved: Callable[[int], object],
+    ) -> tuple[int, float]:
+        """Broadcast everything, and the sums; how many buckets, and the seconds of waiting."""
+        outbox = self._prepared(specs)
+        number, self._waited = 0, 0.0
+        for bucket in outbox.fill(weights, version, lambda: self._settle(1)):
             self._send_bucket(bucket)
             moved(bucket.data.numel())
-            sums.append((bucket.pieces, bucket.sums))
-            waited += time.perf_counter() - begun
+            number += 1
         begun = time.perf_counter()
+        self._tell({"op": "sums", "blocks": outbox.sums.numel()})
+        self._broadcast(outbox.sums)
+        self._waited += time.perf_counter() - begun
         self._settle(0)
-        return sums, waited + time.perf_counter() - begun
+        self._tell({"op": "end"})
+        return number, self._waited
 
     def _send_bucket(self, bucket: Bucket) -> None:
-        first, last = bucket.pieces[0].name, bucket.pieces[-1].name
-        self._at = f", at bucket {bucket.index} (tensors {first} to {last})"
-        pieces = [[p.name, p.start, p.offset, p.nbytes] for p in bucket.pieces]
+        begun = time.perf_counter()
+        self._at = f", at bucket {bucket.index} (tensors {bucket.first} to {bucket.last})"
         nbytes = bucket.data.numel()
-        self._tell({"op": "bucket", "index": bucket.index, "nbytes": nbytes, "pieces": pieces})
-        if nbytes:
-            self._works.append(self._link.broadcast(bucket.data))
+        self._tell({"op": "bucket", "index": bucket.index, "nbytes": nbytes,
+                    "pieces": bucket.packed})  # fmt: skip
+        self._broadcast(bucket.data)
+        self._waited += time.perf_counter() - begun
+
+    def _broadcast(self, data: Tensor) -> None:
+        if data.numel():
+            self._works.append(self._link.broadcast(data))
 
     def _settle(self, under_way: int) -> None:
         """Wait until at most so many broadcasts are under way."""
+        begun = time.perf_counter()
         while len(self._works) > under_way:
             self._link.finish(self._works.pop(0))
+        self._waited += time.perf_counter() - begun
 
     def _commit(self, version: int) -> dict[int, dict[str, Any]]:
         """All have voted for it: there is no way back for those that hear of it."""

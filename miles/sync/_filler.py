@@ -32,7 +32,7 @@ class Filler:
         self._data, self._sums, self._version = data, sums, version
         self._words_BK: Any = data.view(torch.int64).view(-1, BLOCK // 8).numpy()
         self._sums_B: Any = sums.numpy()
-        self._weights_K: Any = weights(16, torch.device("cpu")).numpy()
+        self._weights_K: Any = weights(torch.device("cpu")).numpy()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads)
 

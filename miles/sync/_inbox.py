@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from miles.errors import SyncError
-from miles.sync._buckets import Piece, Specs, aligned
-from miles.sync._checksum import checksums, wrap
-from miles.sync._plan import layout
+from miles.sync._bucket_plan import Layout, unpack
+from miles.sync._checksum import BLOCK, block_sums
 
 __all__ = ["Inbox"]
 
@@ -18,102 +18,98 @@ __all__ = ["Inbox"]
 class Inbox:
     """Takes the buckets of one version in order, and hands out its tensors when all are right.
 
+    Bucket k comes to lie at byte k * `bucket_bytes`, so that a tensor that was cut is whole there.
+
     Args:
-        specs: what the target expects.
-        buffer: uint8, of at least `Inbox.size(specs)` bytes.
+        where: the engine's tensors.
+        buffer: uint8, of `where.nbytes`.
         bucket_bytes: the sender's.
+        version: what is sent.
     """
 
-    def __init__(self, specs: Specs, buffer: Tensor, bucket_bytes: int) -> None:
-        self._specs, self._buffer, self._bucket_bytes = specs, buffer, bucket_bytes
-        self._sizes = {n: dtype.itemsize * shape_numel(s) for n, (s, dtype) in specs.items()}
-        self._offsets: dict[str, int] = {}
-        self._arrived: dict[str, int] = {}
-        self._sums: list[tuple[list[Piece], Tensor]] = []
-        self._buckets: dict[str, list[int]] = {}
+    def __init__(self, where: Layout, buffer: Tensor, bucket_bytes: int, version: int) -> None:
+        self._where, self._buffer = where, buffer
+        self._bucket_bytes, self._version = bucket_bytes, version
+        self._sums = torch.empty(where.nbytes // BLOCK, dtype=torch.int64, device=buffer.device)
+        self._covered: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}
+        self._placed: dict[int, list[int]] = {}
+        self._views: dict[int, Tensor] = {}
         self._next = 0
 
-    @staticmethod
-    def size(specs: Specs) -> int:
-        """Bytes that a version takes."""
-        return layout(specs)[1]
-
-    def place(self, index: int, nbytes: int, pieces: Sequence[Piece]) -> Tensor:
+    def place(self, index: int, nbytes: int, packed: Sequence[Sequence[int]]) -> Tensor:
         """The memory that this bucket is to be received into.
 
         Raises:
             SyncError: it is not the next one, or what it holds isn't.
         """
-        here = f"bucket {index}"
         if index != self._next:
             what = "was dropped" if index > self._next else "came again, or out of order"
             number = self._next if index > self._next else index
             raise SyncError(f"bucket {number} {what}: expected {self._next}, got {index}")
-        start, end = index * self._bucket_bytes, 0
-        for piece in pieces:
-            if piece.name not in self._sizes:
-                raise SyncError(f"{here} holds {piece.name}, which the engine does not have")
-            size, had = self._sizes[piece.name], self._arrived.get(piece.name, 0)
-            place = start + piece.offset - piece.start
-            again = piece.name in self._arrived and (
-                had == size or self._offsets[piece.name] != place
-            )
-            if piece.offset != end or piece.start != had or had + piece.nbytes > size or again:
+        try:
+            pieces = list(unpack(packed, self._where))
+        except SyncError as error:
+            raise SyncError(f"bucket {index}: {error}") from error
+        start = end = index * self._bucket_bytes
+        for number, first, count in pieces:
+            had, size = self._covered.get(number, 0), self._where.sizes[number]
+            again = number in self._covered and had == size
+            if again or first != had or count < 0 or had + count > size:
                 raise SyncError(
-                    f"{here} holds bytes {piece.start} to {piece.start + piece.nbytes} of "
-                    f"{piece.name} at {piece.offset}; expected byte {had} of {size} next, at {end}"
+                    f"bucket {index} holds bytes {first} to {first + count} of "
+                    f"{self._where.names[number]}; expected byte {had} of {size} next"
                 )
-            end += aligned(piece.nbytes)
-            self._offsets.setdefault(piece.name, place)
-            self._arrived[piece.name] = had + piece.nbytes
-            self._buckets.setdefault(piece.name, []).append(index)
-        if end != nbytes or end > self._bucket_bytes or start + end > self._buffer.numel():
-            raise SyncError(f"{here} has {nbytes} bytes; its tensors take {end}")
+            if self._offsets.setdefault(number, end) != end - first:
+                raise SyncError(
+                    f"bucket {index} holds {self._where.names[number]} apart from its first bytes"
+                )
+            self._covered[number] = had + count
+            end += -(-count // BLOCK) * BLOCK
+        if end - start != nbytes or nbytes > self._bucket_bytes or end > self._buffer.numel():
+            raise SyncError(f"bucket {index} has {nbytes} bytes; its tensors take {end - start}")
         self._next += 1
-        return self._buffer[start : start + end]
+        self._placed[index] = [number for number, _, _ in pieces]
+        return self._buffer[start:end]
 
-    def arrived(self, data: Tensor, pieces: Sequence[Piece]) -> None:
+    def arrived(self, index: int, data: Tensor) -> None:
         """Sum up a bucket that is in; on a GPU without waiting for it."""
-        self._sums.append((list(pieces), checksums(data, pieces)))
+        first = index * self._bucket_bytes // BLOCK
+        sums = block_sums(data, version=self._version)
+        self._sums[first : first + sums.numel()] = sums
+        # Made now, while later buckets are under way: that of many small tensors takes a while.
+        for number in self._placed.pop(index):
+            if self._covered[number] == self._where.sizes[number]:
+                self._views[number] = self._view(number)
 
-    def check(self, expected: Mapping[str, int]) -> dict[str, Tensor]:
-        """All tensors, in the target's order; waits for the device.
+    def check(self, expected: Tensor) -> dict[str, Tensor]:
+        """All tensors, by name in the layout's order; waits for the device.
 
         Args:
-            expected: the sender's checksums.
+            expected: the sender's sums of all blocks, int64, in the order in which they were sent.
 
         Raises:
             SyncError: a tensor is incomplete, or its bytes are others than were sent.
         """
-        missing = [n for n, size in self._sizes.items() if self._arrived.get(n, -1) != size]
-        if missing or expected.keys() != self._sizes.keys():
-            missing = missing or sorted(expected.keys() ^ self._sizes.keys())
+        where = self._where
+        missing = [n for i, n in enumerate(where.names) if self._covered.get(i) != where.sizes[i]]
+        if missing or expected.numel() != self._sums.numel():
             raise SyncError(f"tensors {missing[:8]} did not arrive whole; push them again")
-        found = total(self._sums)
-        wrong = [name for name in self._sizes if found[name] != expected[name]]
-        if wrong:
+        wrong = torch.nonzero(expected != self._sums).flatten()
+        if wrong.numel():
+            at = int(wrong[0]) * BLOCK
+            # Tensors without bytes lie where the next one does.
+            places = sorted((o, i) for i, o in self._offsets.items() if where.sizes[i])
+            offset, number = places[bisect.bisect_right(places, (at, len(where.names))) - 1]
             raise SyncError(
-                f"{wrong[0]} (bucket {', '.join(map(str, self._buckets[wrong[0]]))}) arrived with "
-                f"another checksum, as did {len(wrong) - 1} more tensors; push again"
+                f"{where.names[number]} arrived with another checksum, in bucket "
+                f"{at // self._bucket_bytes} at byte {at - offset} of the tensor; {wrong.numel()} "
+                f"blocks of {BLOCK} bytes differ; push again"
             )
-        return {name: self._view(name) for name in self._specs}
+        return {name: self._views[number] for number, name in enumerate(where.names)}
 
-    def _view(self, name: str) -> Tensor:
-        shape, dtype = self._specs[name]
-        start = self._offsets[name]
-        return self._buffer[start : start + self._sizes[name]].view(dtype).view(shape)
-
-
-def total(sums: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[str, int]:
-    """Checksums of tensors from those of their pieces; one copy from the device."""
-    totals: dict[str, int] = {}
-    names = [piece.name for pieces, _ in sums for piece in pieces]
-    values = torch.cat([part for _, part in sums]).tolist() if sums else []
-    for name, value in zip(names, values, strict=True):
-        totals[name] = wrap(totals.get(name, 0) + value)
-    return totals
-
-
-def shape_numel(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of that shape."""
-    return torch.Size(shape).numel()
+    def _view(self, number: int) -> Tensor:
+        shape, dtype = self._where.specs[self._where.names[number]]
+        first = self._offsets[number]
+        data = self._buffer[first : first + self._where.sizes[number]]
+        return data.view(dtype).view(shape)

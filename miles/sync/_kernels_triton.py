@@ -19,7 +19,6 @@ from torch import Tensor
 
 from miles.sync._checksum import BLOCK, weights
 from miles.sync._copies import KINDS, Kind, Table
-from miles.sync._plan import ALIGNMENT
 
 __all__ = ["copy", "sums"]
 
@@ -86,7 +85,7 @@ def _rows(table: Table, unit: int, narrow: int, salt: int) -> tuple[np.ndarray[A
 @functools.cache
 def _weights(itemsize: int, device: torch.device) -> Tensor:
     """int64, of each element of a block: its word's, times 2 to the bits before it in the word."""
-    words_W1 = weights(BLOCK // ALIGNMENT, device)[:, None]
+    words_W1 = weights(device)[:, None]
     return (words_W1 << torch.arange(0, 64, 8 * itemsize, device=device)).flatten()
 
 

@@ -127,7 +127,9 @@ class Link:
         try:
             start().wait(timedelta(seconds=timeout))
         except RuntimeError as error:  # gloo's, of which there is one kind
-            late = time.monotonic() - begun >= timeout
+            reason = str(error).splitlines()[0][:200]
+            # A pair of which one operation took too long fails at once from then on.
+            late = time.monotonic() - begun >= timeout or "timeout" in reason
             what = f"did not answer within {timeout:g} s" if late else "is gone"
-            text = f"{who} {what} ({str(error).splitlines()[0][:200]})"
+            text = f"{who} {what} ({reason})"
             raise PeerLostError(text, rank) from error

@@ -10,9 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from miles.errors import SyncError
 
-__all__ = ["check_version", "layout", "match", "memory_of", "pair"]
-
-ALIGNMENT = 256
+__all__ = ["at_once", "check_version", "match", "memory_of", "pair"]
 
 
 def check_version(version: int, served: int) -> bool:
@@ -30,10 +28,10 @@ def match(weights: Iterable[tuple[str, Tensor]], live: Mapping[str, Tensor]) -> 
 
     They are held until all have come, so a stream may not fill one buffer again and again.
     """
-    at_once = _at_once(weights)
+    together = at_once(weights)
     matched = dict(pair(weights, {name: (tuple(t.shape), t.dtype) for name, t in live.items()}))
     first: dict[_Memory, str] = {}
-    for name, tensor in matched.items() if not at_once else ():
+    for name, tensor in matched.items() if not together else ():
         other = first.setdefault(memory_of(tensor), name)
         if other != name and tensor.numel():
             raise SyncError(
@@ -43,7 +41,7 @@ def match(weights: Iterable[tuple[str, Tensor]], live: Mapping[str, Tensor]) -> 
     return matched
 
 
-def _at_once(weights: Iterable[tuple[str, Tensor]]) -> bool:
+def at_once(weights: Iterable[tuple[str, Tensor]]) -> bool:
     """Whether all tensors are alive together, as those of a generator need not be."""
     return isinstance(weights, (list, tuple, type({}.items())))
 
@@ -59,7 +57,7 @@ def pair(
     again, so there it is unknown.
     """
     left = dict(expected)
-    at_once = _at_once(weights)
+    together = at_once(weights)
     taken: set[_Elements] = set()
     extra: dict[str, _Elements] = {}
     for name, tensor in weights:
@@ -73,7 +71,7 @@ def pair(
             yield name, tensor.detach()
         else:
             extra[name] = _elements(tensor)
-    unknown = [name for name, where in extra.items() if not at_once or where not in taken]
+    unknown = [name for name, where in extra.items() if not together or where not in taken]
     if left or unknown:
         raise SyncError(
             f"missing tensors {sorted(left)[:8]}, unknown tensors {unknown[:8]}; expected the "
@@ -95,16 +93,3 @@ def memory_of(tensor: Tensor) -> _Memory:
 def _elements(tensor: Tensor) -> _Elements:
     """Which elements a tensor is made of, and how."""
     return memory_of(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
-def layout(
-    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, alignment: int = ALIGNMENT
-) -> tuple[dict[str, int], int]:
-    """Byte offset of each tensor in one buffer, and the buffer's size."""
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, (shape, dtype) in expected.items():
-        offsets[name] = end
-        nbytes = dtype.itemsize * torch.Size(shape).numel()
-        end += -(-nbytes // alignment) * alignment
-    return offsets, end

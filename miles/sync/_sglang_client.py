@@ -47,8 +47,10 @@ class Client:
         self.tp_size = 1
         self.sessions = False
         self.weight_cache = False
+        self.draft = False
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
+        self._told: str | None = None  # the version that it was given last
         self._errors = httpx.HTTPError, httpx.InvalidURL
         self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)))
 
@@ -57,14 +59,20 @@ class Client:
         self._http.close()
 
     def weight_version(self) -> int:
-        """Ask for SGLang's version and the weights' one.
+        """Ask for the weights' version, and what the server is.
+
+        The latter takes some milliseconds, so it is asked at first, and again when the version is
+        not what the server was given last, as after a restart.
 
         Raises:
             SyncError: no server, one that is not known, or weights whose version is no number.
         """
-        info = self._get("/server_info")
-        self._learn(info)
+        known = self._told
+        if known is None:
+            self._learn(self._get("/server_info"))
         said = self._get("/model_info").get("weight_version")
+        if known is not None and said != known:
+            self._learn(self._get("/server_info"))
         if said in (None, "default"):
             return 0
         try:
@@ -74,6 +82,13 @@ class Client:
                 f"{self.url} says that its weight version is {said!r}; expected an integer: start "
                 "it with --weight-version 0, or send one to /update_weight_version"
             ) from error
+
+    def say(self, version: int) -> None:
+        """Give the weights a version."""
+        # By default this call aborts every request.
+        body = {"new_version": str(version), "abort_all_requests": False}
+        self.post("/update_weight_version", body)
+        self._told = str(version)
 
     def post(self, path: str, body: dict[str, Any] | None = None, **query: Any) -> Any:
         """Call a control endpoint; its answer, where it says that it succeeded.
@@ -106,6 +121,7 @@ class Client:
             release = self._assumed
         self.sessions = int(release.split(".")[2]) >= SESSIONS_SINCE
         self.weight_cache = info.get("weight_cache_mode") not in (None, "off")
+        self.draft = info.get("speculative_algorithm") not in (None, "NGRAM")
         self.tp_size = int(info.get("tp_size") or 1)
         if int(info.get("dp_size") or 1) > 1 and not info.get("enable_dp_attention"):
             raise SyncError(

@@ -20,11 +20,22 @@ from torch.multiprocessing import reductions
 from miles.errors import SyncError
 from miles.sync._buckets import whole
 
-__all__ = ["FlatBucket", "by_handle", "by_value", "check_exportable", "flat_buckets"]
+__all__ = ["FlatBucket", "Shared", "by_handle", "by_value", "described", "flat_buckets"]
 
 ALIGNMENT = 256
-_DEVICE_ARGUMENT = 6
-"""Of `rebuild_cuda_tensor`: where SGLang expects the GPU's UUID."""
+_NO_COUNTER = b"/miles_counts_no_references"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """GPU memory that servers can open."""
+
+    memory: Tensor
+    """uint8, a whole block of the driver."""
+    handle: bytes
+    """Its `cudaIpcMemHandle_t`."""
+    gpu: str
+    """UUID."""
 
 
 @dataclass
@@ -35,6 +46,8 @@ class FlatBucket:
     """uint8, what is used of it."""
     metadata: list[SimpleNamespace] = field(default_factory=list)
     """`name`, `shape`, `dtype`, `start_idx`, `end_idx`, `numel` (bytes) of each."""
+    shared: Shared | None = None
+    """What it lies in, if servers are to open that."""
 
     @property
     def names(self) -> str:
@@ -52,10 +65,12 @@ def flat_buckets(
 ) -> Iterator[FlatBucket]:
     """Copy weights into buckets of fresh memory, each weight whole in one of them.
 
+    For servers that do not read this memory themselves; see `_sglang_slabs` for those that do.
+
     Args:
         weights: (name, tensor) pairs, as a checkpoint names them; sharded ones are gathered.
         bucket_bytes: most bytes of a bucket, save where one weight has more.
-        device: where buckets lie. On `"cuda"`, on the GPU of the weights, which have to be there.
+        device: where buckets lie. On `"cuda"`, on the GPU of the first weight.
         tight: without gaps, as SGLang lays a bucket out by itself; then a bucket ends where the
             next weight would not be aligned.
     """
@@ -65,11 +80,6 @@ def flat_buckets(
         tensor = whole(shard.detach())
         if name in seen:
             raise SyncError(f"{name} came twice; expected each weight once")
-        if device == "cuda" and tensor.device.type != "cuda":
-            raise SyncError(
-                f"{name} is on {tensor.device}; expected a CUDA tensor on the server's GPU: move "
-                'it there, or use via="value"'
-            )
         seen.add(name)
         start = used if tight else -(-used // ALIGNMENT) * ALIGNMENT
         full = bucket is not None and start + tensor.nbytes > bucket_bytes
@@ -77,18 +87,13 @@ def flat_buckets(
             yield _finished(bucket, used)
             bucket = None
         if bucket is None:
-            place = tensor.device if device == "cuda" else torch.device("cpu")
+            place = tensor.device if tensor.is_cuda and device == "cuda" else torch.device(device)
             size = max(bucket_bytes, tensor.nbytes)
             bucket, start = FlatBucket(torch.empty(size, dtype=torch.uint8, device=place)), 0
         used = start + tensor.nbytes
         out = bucket.flat[start:used]
         out.copy_(tensor.contiguous().reshape(-1).view(torch.uint8), non_blocking=device == "cuda")
-        bucket.metadata.append(
-            SimpleNamespace(
-                name=name, shape=tuple(tensor.shape), dtype=tensor.dtype,
-                start_idx=start, end_idx=used, numel=tensor.nbytes,
-            )
-        )  # fmt: skip
+        bucket.metadata.append(described(name, tensor, start))
     if bucket is not None:
         yield _finished(bucket, used)
 
@@ -99,28 +104,39 @@ def by_value(bucket: FlatBucket) -> str:
 
 
 def by_handle(bucket: FlatBucket) -> str:
-    """A handle of GPU memory, for one server process, which opens it once.
+    """A handle of GPU memory, for any number of server processes."""
+    assert bucket.shared is not None
+    return _encode(_Handle(bucket.shared, bucket.flat.numel()), bucket)
 
-    Raises:
-        SyncError: the memory cannot be shared.
-    """
-    return _encode(_Handle(bucket.flat), bucket)
+
+def described(name: str, tensor: Tensor, start: int) -> SimpleNamespace:
+    """A weight that begins with that byte of a bucket."""
+    return SimpleNamespace(
+        name=name, shape=tuple(tensor.shape), dtype=tensor.dtype,
+        start_idx=start, end_idx=start + tensor.nbytes, numel=tensor.nbytes,
+    )  # fmt: skip
 
 
 class _Handle:
-    """Pickled as torch shares a CUDA tensor, with the GPU's UUID in place of its index."""
+    """Pickled as torch shares a CUDA tensor, with the GPU's UUID in place of its index.
 
-    def __init__(self, tensor: Tensor) -> None:
-        try:
-            function, arguments = reductions.reduce_tensor(tensor)
-        except RuntimeError as error:
-            raise _not_shared(error) from error
-        uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
-        head, tail = arguments[:_DEVICE_ARGUMENT], arguments[_DEVICE_ARGUMENT + 1 :]
-        self._reduced = function, (*head, uuid, *tail)
+    The handle is bare, as that of an early torch, which later ones open; with the version that they
+    put before it themselves, a trainer's torch 2.13 is refused by a server's 2.11. There is no
+    event to wait for, since a bucket that is announced has been written, and no counter of
+    references: torch gives a reference back when it has closed the memory, and does without where
+    there is no counter, as after the end of a trainer. That a bucket has been read, the server's
+    answer says.
+    """
+
+    def __init__(self, shared: Shared, nbytes: int) -> None:
+        self._arguments = (
+            Tensor, (nbytes,), (1,), 0,
+            torch.storage.TypedStorage, torch.uint8, shared.gpu, shared.handle,
+            shared.memory.numel(), 0, False, _NO_COUNTER, 0, bytes(64), False,
+        )  # fmt: skip
 
     def __reduce__(self) -> Any:
-        return self._reduced
+        return reductions.rebuild_cuda_tensor, self._arguments
 
 
 def _encode(tensor: Tensor | _Handle, bucket: FlatBucket) -> str:
@@ -133,20 +149,3 @@ def _finished(bucket: FlatBucket, used: int) -> FlatBucket:
     if bucket.flat.is_cuda:
         torch.cuda.current_stream(bucket.flat.device).synchronize()
     return bucket
-
-
-def check_exportable(tensor: Tensor) -> None:
-    """Raise for GPU memory that no other process can open, as far as torch can tell."""
-    pointer = tensor.data_ptr()
-    for segment in torch.cuda.memory_snapshot():
-        inside = segment["address"] <= pointer < segment["address"] + segment["total_size"]
-        if inside and segment.get("is_expandable"):
-            raise _not_shared("it lies in an expandable segment")
-
-
-def _not_shared(reason: Any) -> SyncError:
-    return SyncError(
-        f"GPU memory cannot be shared with the server ({reason}); expected memory of a plain "
-        "cudaMalloc: start this process without expandable_segments in PYTORCH_CUDA_ALLOC_CONF, "
-        'push outside of a memory saver\'s region, or use via="value" or via="distributed"'
-    )

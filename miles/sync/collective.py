@@ -3,10 +3,11 @@
 Rank 0 of the group sends, all others receive. A push goes through these messages, each a JSON
 object from one rank to one rank over the group's CPU backend (nothing is ever unpickled):
 
-    sender: hello       receivers: what they serve and expect
+    sender: hello       receivers: what they serve, and expect if that is new
     sender: begin       the version, or skip
-    sender: bucket ...  which tensors, where; then the bytes, broadcast, two buckets at a time
-    sender: end         the checksums    receivers: vote
+    sender: bucket ...  which tensors; then the bytes, broadcast, two buckets at a time
+    sender: sums        then the checksums of all blocks of 4096 bytes, broadcast
+    sender: end         all has left     receivers: vote
     sender: commit      or abort         receivers: done
 
 Receivers put the bytes into memory that isn't served. They commit when all voted for it, and none
@@ -19,6 +20,7 @@ import contextlib
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,13 +30,15 @@ from torch import Tensor
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport, WeightTarget
-from miles.sync._buckets import Piece, check_bucket_bytes, gathered
+from miles.sync._bucket_plan import Layout
+from miles.sync._buckets import check_bucket_bytes, gathered
+from miles.sync._checksum import BLOCK
 from miles.sync._collective import Sender
 from miles.sync._inbox import Inbox
 from miles.sync._link import Link, PeerLostError
-from miles.sync._plan import layout
+from miles.sync._plan import at_once
 from miles.sync._progress import bar
-from miles.sync._session import describe, specs_of
+from miles.sync._session import Specs, describe, specs_of
 from miles.sync._trainers import Trainers
 
 __all__ = ["CollectiveReceiver", "CollectiveSyncer"]
@@ -54,11 +58,15 @@ class CollectiveSyncer:
     After an error that says that a rank is gone the group is of no use: make a new one, with a new
     syncer. After any other, push again.
 
+    On a GPU, pass a collection (`state_dict().items()`, a list): its tensors are copied and summed
+    up a bucket at a time. Those of a generator, which may be gone when the next is asked for, and
+    those of sharded trainers are taken one by one.
+
     Args:
         group: the sender, rank 0, and the receivers. On ranks that are not in it, what
             `dist.new_group` returns there, or None.
         trainers: the ranks that hold the weights, if there are several; rank 0 of it sends.
-        bucket_bytes: most bytes in a broadcast, a multiple of 256; the sender holds two buckets.
+        bucket_bytes: most bytes in a broadcast, a multiple of 4096; the sender holds two buckets.
         timeout: seconds that a receiver may be silent. Ranks of the trainer wait for one another
             as long as their own group lets them.
         device: where the buckets are; by default a GPU if the group has NCCL, else the CPU.
@@ -81,6 +89,8 @@ class CollectiveSyncer:
         self._trainers = Trainers(trainers)
         check_bucket_bytes(bucket_bytes)
         self._progress = progress
+        self._tensors: dict[str, Any] | None = None
+        self._specs: Specs = {}
         self._sender: Sender | None = None
         if self._trainers.rank == 0:
             link = Link(group, timeout, device)
@@ -103,13 +113,17 @@ class CollectiveSyncer:
         plan = self._trainers.agree(lambda: self._sender and self._sender.open(version))
         outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
         if not plan["skip"]:
-            specs = specs_of(plan)
-            tensors = gathered(weights, specs)
+            if plan["tensors"] != self._tensors:
+                self._tensors, self._specs = plan["tensors"], _numbered(plan)
+            specs = self._specs
+            together = self._trainers.alone and at_once(weights)
+            tensors = weights if together else gathered(weights, specs)
 
             def send() -> dict[str, Any] | None:
                 try:
                     if self._sender is not None:
-                        with bar(self._progress, layout(specs)[1], version) as moved:
+                        size = self._sender.nbytes(specs)
+                        with bar(self._progress, size, version) as moved, torch.no_grad():
                             return self._sender.send(tensors, specs, version, moved)
                 finally:  # the gathers of the other ranks need this one, whatever happened
                     for _ in () if self._trainers.alone else tensors:
@@ -129,8 +143,8 @@ class CollectiveReceiver:
     """An engine's side: a loop in the engine's process.
 
     Call `start()` for a thread of its own, `serve()` to spend this one on it, or `receive_once()`
-    between two steps of yours. New weights lie beside those served until they are committed: on the
-    CPU the target's tensors become views of that memory, on other devices they are copied.
+    between two steps of yours. New weights lie beside those served until they are committed, which
+    takes one more copy of them.
 
     Args:
         target: the engine.
@@ -138,6 +152,11 @@ class CollectiveReceiver:
             "cpu:gloo,cuda:nccl".
         timeout: seconds that the sender may be silent in the middle of a push.
         device: where bytes arrive; by default a GPU if the group has NCCL, else the CPU.
+        alias: serve the memory in which a version arrived, where it is on the device of the
+            engine's tensors: nothing is copied while the engine stands still, two such memories
+            take turns, and the tensors that the engine came with are let go of. Without, it is
+            copied into the engine's tensors, which stay where they are (as memory savers and
+            captured graphs like it).
 
     Raises:
         SettingError: a group without a CPU backend, or rank 0, which sends.
@@ -150,13 +169,16 @@ class CollectiveReceiver:
         *,
         timeout: float = 120.0,
         device: torch.device | None = None,
+        alias: bool = True,
     ) -> None:
-        self._target = target
+        self._target, self._alias = target, alias
         self._link = Link(group, timeout, device)
         if self._link.rank == 0:
             raise SettingError("the receiver is rank 0 of the group; expected the trainer there")
         # With aliasing they take turns: what was committed is not written again.
         self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
+        self._told: list[Any] = []
+        self._where = Layout({})
         self._stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -206,14 +228,14 @@ class CollectiveReceiver:
         """
         served = self._target.weight_version
         try:
-            if self._link.receive(0, timeout=0)["op"] == "close":
+            asked = self._link.receive(0, timeout=0)
+            if asked["op"] == "close":
                 return None
-            hello = describe(self._target)
-            served = hello["version"]
-            self._link.send(0, hello)
+            served = self._target.weight_version
+            self._link.send(0, self._hello(known=asked.get("known", False)))
             begin = self._link.receive(0)
             if begin["op"] == "begin":
-                self._receive(begin, served, Inbox.size(specs_of(hello)))
+                self._receive(begin, served)
             elif begin["op"] == "abort":
                 raise SyncError(f"{begin['error']}; version {served} is still served")
             elif begin["op"] != "skip":
@@ -227,16 +249,26 @@ class CollectiveReceiver:
             raise PeerLostError(f"rank 0 sent nonsense: a message without {error}") from error
         return self._target.weight_version
 
-    def _receive(self, begin: dict[str, Any], served: int, nbytes: int) -> None:
-        version = begin["version"]
+    def _hello(self, *, known: bool) -> dict[str, Any]:
+        """What is served, and what is expected unless the sender knows."""
         live = self._target.weight_tensors()
-        specs = {name: (tuple(t.shape), t.dtype) for name, t in live.items()}
-        alias = all(tensor.device.type == "cpu" for tensor in live.values())
-        alias = alias and self._link.device.type == "cpu"
+        now = [(name, tensor.shape, tensor.dtype) for name, tensor in live.items()]
+        if known and now == self._told:
+            return {"version": self._target.weight_version}
+        hello = describe(self._target)
+        self._told, self._where = now, Layout(_numbered(hello))
+        return hello
+
+    def _receive(self, begin: dict[str, Any], served: int) -> None:
+        version, where = begin["version"], self._where
+        live = self._target.weight_tensors()
+        alias = self._alias and all(t.device == self._link.device for t in live.values())
         try:
             with self._beside():
-                inbox = Inbox(specs, self._buffer(nbytes), begin["bucket_bytes"])
-                tensors = self._collect(inbox, begin["bucket_bytes"])
+                buffer = self._buffer(where.nbytes)
+                inbox = Inbox(where, buffer, begin["bucket_bytes"], version)
+                arrived = self._collect(inbox, begin["bucket_bytes"], where.nbytes // BLOCK)
+                tensors = {name: arrived[name] for name in live}
             now = self._target.weight_version
             if now != served:
                 raise SyncError(
@@ -264,6 +296,9 @@ class CollectiveReceiver:
                 if alias:
                     self._buffers.reverse()
                 self._target.commit_weights(tensors, version=version, alias=alias)
+                if alias and self._link.device.type == "cuda":
+                    # What was served until now is written next.
+                    torch.cuda.synchronize(self._link.device)
             self._link.send(0, {"seconds": time.perf_counter() - start})
         except PeerLostError:
             raise
@@ -273,44 +308,53 @@ class CollectiveReceiver:
             self._link.send(0, {"error": f"{type(error).__name__}: {error}"})
             raise SyncError(f"version {version} was not committed: {error}") from error
 
-    def _collect(self, inbox: Inbox, bucket_bytes: int) -> dict[str, Tensor]:
-        """Everything up to the checksums; a fault is kept until then, to stay in step."""
+    def _collect(self, inbox: Inbox, bucket_bytes: int, blocks: int) -> dict[str, Tensor]:
+        """Everything up to the end; a fault is kept until then, to stay in step."""
         fault: SyncError | None = None
-        under_way: list[tuple[Any, Tensor, list[Piece]]] = []
+        under_way: deque[tuple[Any, int, Tensor | None]] = deque()
         while (message := self._link.receive(0))["op"] == "bucket":
             index, nbytes = message["index"], message["nbytes"]
-            pieces = [Piece(*piece) for piece in message["pieces"]]
             if not 0 <= nbytes <= bucket_bytes:
                 raise PeerLostError(f"rank 0 sent nonsense: bucket {index} of {nbytes} bytes")
+            taken: Tensor | None = None
             try:
-                data = None if fault else inbox.place(index, nbytes, pieces)
+                taken = None if fault else inbox.place(index, nbytes, message["pieces"])
             except SyncError as error:
-                fault, data = error, None
+                fault = error
+            data = taken
             if data is None:
-                data, pieces = torch.empty(nbytes, dtype=torch.uint8, device=self._link.device), []
+                data = torch.empty(nbytes, dtype=torch.uint8, device=self._link.device)
             if nbytes:
-                work = self._link.broadcast(data)
-                under_way.append((work, data, pieces))
-            elif pieces:
-                inbox.arrived(data, pieces)
+                under_way.append((self._link.broadcast(data), index, taken))
             if len(under_way) > 1:
-                self._take(inbox, *under_way.pop(0))
-        for entry in under_way:
-            self._take(inbox, *entry)
-        if message["op"] != "end":
+                self._take(inbox, *under_way.popleft())
+        sums = self._sums(message, blocks, under_way)
+        while under_way:
+            self._take(inbox, *under_way.popleft())
+        if message["op"] != "sums" or (message := self._link.receive(0))["op"] != "end":
             raise _AbortedError(message.get("error", message["op"]))
         if fault:
             raise fault
-        return inbox.check(message["checksums"])
+        return inbox.check(sums)
 
-    def _take(self, inbox: Inbox, work: Any, data: Tensor, pieces: list[Piece]) -> None:
+    def _sums(self, message: dict[str, Any], blocks: int, under_way: deque[Any]) -> Tensor:
+        """Where the sender's sums are on their way to, if they come."""
+        sums = torch.empty(blocks, dtype=torch.int64, device=self._link.device)
+        if message["op"] == "sums":
+            if message["blocks"] != blocks:
+                raise PeerLostError(f"rank 0 sent nonsense: {message} of {blocks} blocks")
+            if blocks:
+                under_way.append((self._link.broadcast(sums), -1, None))
+        return sums
+
+    def _take(self, inbox: Inbox, work: Any, index: int, data: Tensor | None) -> None:
         try:
             self._link.finish(work)
         except PeerLostError as error:
-            names = f"tensors {pieces[0].name} to {pieces[-1].name}" if pieces else "a refused one"
-            raise PeerLostError(f"{error}, in the bucket of {names}") from error
-        if pieces:
-            inbox.arrived(data, pieces)
+            where = "the sums" if index < 0 else f"bucket {index}"
+            raise PeerLostError(f"{error}, in {where}") from error
+        if data is not None:
+            inbox.arrived(index, data)
 
     def _buffer(self, nbytes: int) -> Tensor:
         """Memory that is not served."""
@@ -334,3 +378,8 @@ class CollectiveReceiver:
 
 class _AbortedError(SyncError):
     """The sender said that this version will not come."""
+
+
+def _numbered(hello: dict[str, Any]) -> Specs:
+    """What a receiver expects, in an order that is the same on all ranks."""
+    return dict(sorted(specs_of(hello).items()))

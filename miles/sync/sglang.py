@@ -6,27 +6,22 @@ import contextlib
 import itertools
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
-from miles.sync._plan import check_version
+from miles.sync._plan import at_once, check_version
 from miles.sync._sglang_client import MIXED, Client
 from miles.sync._sglang_group import Group
-from miles.sync._sglang_payload import (
-    FlatBucket,
-    by_handle,
-    by_value,
-    check_exportable,
-    flat_buckets,
-)
+from miles.sync._sglang_payload import FlatBucket, by_handle, by_value, flat_buckets
 from miles.sync._sglang_push import Sent, ended, noted, write_folder
+from miles.sync._sglang_slabs import DEPTH, Slabs
 
 __all__ = ["SGLangSyncer"]
 
@@ -54,13 +49,15 @@ class SGLangSyncer:
         via: how bytes get there. `"cuda_ipc"`: a handle of GPU memory, for servers on this GPU;
             `"value"`: in the request itself, for small models and any network; `"distributed"`:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
-        bucket_bytes: most bytes of a bucket; two exist at a time.
+        bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time;
+            for `"cuda_ipc"` three, which are kept from push to push.
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
             starts them over on the new weights (0.5.21 and later); None: you have paused them, and
             will let them go on.
-        selector: which model of a server with a draft one; `"draft"` alone needs 0.5.21.
+        selector: which model of a server with a draft one. `"draft"` alone needs 0.5.21; its
+            versions are counted by this syncer, from 0, and the servers' stay the policy's.
         verify: names of weights whose first rows are read back and compared. Few of SGLang's model
             classes can do that; Llama's can.
         folder: for `"disk"`: a folder that servers see under the same path.
@@ -70,6 +67,7 @@ class SGLangSyncer:
         assume_version: treat an unknown version of SGLang as this one.
 
     Example:
+        >>> import torch
         >>> from miles.sync import SGLangSyncer
         >>> syncer = SGLangSyncer("http://127.0.0.1:1", via="value")
         >>> syncer.push([("w", torch.zeros(2))], version=1)
@@ -103,6 +101,10 @@ class SGLangSyncer:
                 f"via={via!r} with folder={folder!r} and master={master!r}; expected folder= with "
                 "disk, master= with distributed, and neither with the others"
             )
+        if via == "disk" and selector is not None:
+            raise SettingError(
+                f"selector is {selector!r} with via='disk', where SGLang knows none; expected None"
+            )
         if bucket_bytes < 1:
             raise SettingError(f"bucket_bytes is {bucket_bytes}; expected 1 or more")
         urls = [urls] if isinstance(urls, str) else list(urls)
@@ -117,8 +119,11 @@ class SGLangSyncer:
         self._selector, self._verify = selector, tuple(verify)
         self._folder = None if folder is None else Path(folder)
         self._master, self._backend, self._timeout = master, backend, timeout
+        # A server's weight version is the policy's, so a draft model has one of its own, kept here.
+        self._drafts, self._drafted = selector == "draft", 0
         self._group: Group | None = None
-        self._pool = ThreadPoolExecutor(max_workers=len(urls), thread_name_prefix="sglang-sync")
+        self._slabs = Slabs(bucket_bytes)
+        self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """See `WeightSyncer.push`.
@@ -129,14 +134,11 @@ class SGLangSyncer:
         """
         start = time.perf_counter()
         versions = self._on_all(Client.weight_version, self._clients)
-        check_version(version, max(versions))
-        behind = [c for c, had in zip(self._clients, versions, strict=True) if had < version]
-        if self._via == "distributed" and behind:
-            behind = self._clients
+        behind = self._behind(version, versions)
         sent = Sent()
         if behind:
             self._check(behind)
-            self._update(noted(weights, sent, self._verify), behind, version, sent)
+            self._update(weights, behind, version, sent)
         return SyncReport(
             version=version,
             num_tensors=sent.tensors,
@@ -148,11 +150,26 @@ class SGLangSyncer:
         )
 
     def close(self) -> None:
-        """Close connections, and leave the process group."""
+        """Close connections, leave the process group, and free the buckets."""
+        self._slabs.clear()
         self._leave()
         self._pool.shutdown()
         for client in self._clients:
             client.close()
+
+    def _behind(self, version: int, versions: list[int]) -> list[Client]:
+        """Who does not have this version."""
+        if self._drafts:
+            half = [c.url for c, had in zip(self._clients, versions, strict=True) if had == MIXED]
+            if half:
+                raise SyncError(
+                    f"{', '.join(half)} hold a part of a version of the policy and stand still; "
+                    "expected a whole one: push the policy first"
+                )
+            return self._clients if check_version(version, self._drafted) else []
+        check_version(version, max(versions))
+        behind = [c for c, had in zip(self._clients, versions, strict=True) if had < version]
+        return self._clients if self._via == "distributed" and behind else behind
 
     def _check(self, behind: list[Client]) -> None:
         """What this version of SGLang cannot do, before anything is touched."""
@@ -162,6 +179,12 @@ class SGLangSyncer:
                     f"{client.url} shares its weights with a weight-cache daemon and ends itself "
                     "when it is told to load others; use SGLangWeightCacheSyncer, or start it "
                     "with --weight-cache-mode off"
+                )
+            if self._via == "disk" and client.draft and not client.sessions:
+                raise SyncError(
+                    f"{client.url} has a draft model, into which SGLang before 0.5.21 would load "
+                    "the policy's files as well; expected via='cuda_ipc', 'value' or 'distributed' "
+                    "with selector='target'"
                 )
             if not client.sessions and (self._selector == "draft" or self._pause == "retract"):
                 raise SyncError(
@@ -190,14 +213,17 @@ class SGLangSyncer:
                 self._join()
             ready = time.perf_counter()
             touched = True
-            self._on_all(lambda c: self._say(c, MIXED), to)
+            if not self._drafts:
+                self._on_all(lambda c: c.say(MIXED), to)
             self._session("/begin_weight_update", to)
             hand_over()
             ended = time.perf_counter()
             self._session("/end_weight_update", to)
             self._on_all(lambda c: sent.compare(c), to)
-            self._on_all(lambda c: self._say(c, version), to)
+            if not self._drafts:
+                self._on_all(lambda c: c.say(version), to)
             self._resume(to)
+            self._drafted = version
             done = time.perf_counter()
             sent.phases = {
                 "gather": paused - begun + ended - ready - sent.waited,
@@ -206,35 +232,35 @@ class SGLangSyncer:
                 "pause": done - paused,
             }
         except BaseException as error:
-            self._after_failure(to, stopped, touched)
-            where = "servers hold a part of it" if touched else "servers serve what they did"
-            if touched:
-                where += (
-                    f": weight version {MIXED}"
-                    f"{', still paused' if self._pause else ''}; push again, which is a whole push"
-                )
+            where = self._after_failure(to, stopped, touched)
             if isinstance(error, SyncError):
                 raise SyncError(f"version {version} was not pushed, {where}. {error}") from error
             error.add_note(f"version {version} was not pushed, {where}")
             raise
 
-    def _after_failure(self, to: list[Client], stopped: bool, touched: bool) -> None:
-        with contextlib.suppress(SyncError):
-            if touched:  # an open session would refuse the next one
+    def _after_failure(self, to: list[Client], stopped: bool, touched: bool) -> str:
+        """Tidy up; what servers hold and do now."""
+        self._slabs.clear()  # a server that did not answer in time may read them yet
+        if touched:
+            with contextlib.suppress(SyncError):  # an open session would refuse the next one
                 self._session("/end_weight_update", to)
-            elif stopped:
+            if self._via == "distributed":
+                self._leave()
+        if stopped and (self._drafts or not touched):
+            with contextlib.suppress(SyncError):
                 self._resume(to)
-        if touched and self._via == "distributed":
-            self._leave()
+        if not touched:
+            return "servers serve what they did"
+        if self._drafts:
+            return "draft models hold a part of it, and the policy is served as before; push again"
+        return (
+            f"servers hold a part of it: weight version {MIXED}"
+            f"{', still paused' if self._pause else ''}; push again, which is a whole push"
+        )
 
     def _resume(self, to: list[Client]) -> None:
         if self._pause is not None:
             self._on_all(lambda c: c.post("/continue_generation"), to)
-
-    def _say(self, client: Client, version: int) -> None:
-        # By default this call aborts every request.
-        body = {"new_version": str(version), "abort_all_requests": False}
-        client.post("/update_weight_version", body)
 
     def _session(self, path: str, to: list[Client]) -> None:
         """Begin or end an update, where there is such a thing."""
@@ -249,45 +275,48 @@ class SGLangSyncer:
     ) -> Callable[[], None]:
         """All that can be done while servers still serve; what does the rest."""
         if self._via == "disk":
-            path = self._write(weights, version, sent)
+            path = self._write(noted(weights, sent, self._verify), version, sent)
             return lambda: self._by_disk(path, to, sent)
-        on_gpu = self._via == "cuda_ipc" or (self._via == "distributed" and self._backend == "nccl")
-        buckets = flat_buckets(
-            weights,
-            bucket_bytes=self._bucket_bytes,
-            device="cuda" if on_gpu else "cpu",
-            tight=self._via == "distributed",
-        )
+        named = noted(weights, sent, self._verify)
+        if self._via == "cuda_ipc":
+            buckets = self._slabs.buckets(named, together=at_once(weights))
+        else:
+            on_gpu = self._via == "distributed" and self._backend == "nccl"
+            buckets = flat_buckets(
+                named,
+                bucket_bytes=self._bucket_bytes,
+                device="cuda" if on_gpu else "cpu",
+                tight=self._via == "distributed",
+            )
         first = next(buckets, None)
         if first is None:
             raise SyncError("no weights were given; expected those of the whole model")
-        if self._via == "cuda_ipc":
-            check_exportable(first.flat)
-        return lambda: self._by_buckets(itertools.chain([first], buckets), to, sent, on_gpu=on_gpu)
+        return lambda: self._by_buckets(itertools.chain([first], buckets), to, sent)
 
-    def _by_buckets(
-        self, buckets: Iterable[FlatBucket], to: list[Client], sent: Sent, *, on_gpu: bool
-    ) -> None:
+    def _by_buckets(self, buckets: Iterable[FlatBucket], to: list[Client], sent: Sent) -> None:
         start = self._broadcast if self._via == "distributed" else self._deliver
-        finish: Callable[[], None] = _nothing
-        for bucket in buckets:
-            sent.wait(finish)
-            finish = start(bucket, to)
-            sent.buckets += 1
-            if on_gpu:  # what servers have closed is freed now
-                torch.cuda.ipc_collect()
-        sent.wait(finish)
+        depth = DEPTH if self._via == "cuda_ipc" else 1
+        under_way: deque[Callable[[], None]] = deque()
+        try:
+            for bucket in buckets:
+                while len(under_way) >= depth:
+                    sent.wait(under_way.popleft())
+                under_way.append(start(bucket, to))
+                sent.buckets += 1
+            while under_way:
+                sent.wait(under_way.popleft())
+        finally:  # what servers may still read is not written again
+            for finish in under_way:
+                with contextlib.suppress(SyncError):
+                    finish()
 
     def _deliver(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
         """Start to hand over a bucket; what ends it."""
         calls = []
+        payload = by_value(bucket) if self._via == "value" else by_handle(bucket)
         for client in to:
-            if self._via == "value":
-                payloads = [by_value(bucket)] * client.tp_size
-            else:  # each process of a server opens a handle of its own, once
-                payloads = [by_handle(bucket) for _ in range(client.tp_size)]
             body: dict[str, Any] = {
-                "serialized_named_tensors": payloads,
+                "serialized_named_tensors": [payload] * client.tp_size,
                 "load_format": "flattened_bucket",
                 "flush_cache": False,
             }

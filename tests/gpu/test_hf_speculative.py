@@ -16,7 +16,9 @@ DRAFTS = {
     "eagle3 of fewer tokens": lambda model: Eagle3Draft.from_target(
         model, target_ids=torch.arange(0, VOCAB, 2, device="cuda")
     ),
-    "another model": lambda model: StandaloneDraft.from_target(model, tiny("llama", seed=5).cuda()),
+    "another model": lambda model: StandaloneDraft.from_target(
+        model, tiny("llama", seed=5, max_position_embeddings=512).cuda()
+    ),
     "n-gram": lambda model: NgramDraft(),
 }
 

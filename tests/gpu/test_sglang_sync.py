@@ -7,6 +7,7 @@ MILES_SGLANG_PYTHON its interpreter.
 import asyncio
 import math
 import os
+import socket
 import subprocess
 import sys
 from contextlib import closing
@@ -54,16 +55,19 @@ def model(seed: int):
     return made.to("cuda", torch.bfloat16).eval()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def serve(folder: Path, *more: str) -> SGLangServer:
     check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
     if subprocess.run([PYTHON, "-c", check], env=os.environ | ENV).returncode:
         pytest.skip("no sglang in MILES_SGLANG_SITE")
-    folder = tmp_path_factory.mktemp("model")
     CONFIG.save_pretrained(folder)
-    with SGLangServer(
-        folder, args=FLAGS, env=ENV, cwd=folder, python=PYTHON, start_timeout=280
-    ) as made:
+    return SGLangServer(
+        folder, args=[*FLAGS, *more], env=ENV, cwd=folder, python=PYTHON, start_timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("model")) as made:
         yield made
 
 
@@ -131,3 +135,23 @@ def test_a_push_that_breaks_off_leaves_the_server_paused_until_the_next(server):
         syncer.push(trained.state_dict().items(), version=version)
     with closing(SGLangEngine(server.url)) as engine:
         assert gap(engine, trained, version) < MEAN_GAP
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank: two")
+def test_weights_reach_a_server_on_another_gpu(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = free.getsockname()
+    with (
+        serve(tmp_path, "--base-gpu-id", "1") as far,
+        closing(
+            SGLangSyncer(far.url, via="distributed", master=master, bucket_bytes=BUCKET)
+        ) as syncer,
+        closing(SGLangEngine(far.url)) as engine,
+    ):
+        for version in (1, 2):
+            trained = model(version)
+            report = syncer.push(trained.state_dict().items(), version=version)
+            assert report.num_buckets > 3
+            assert gap(engine, trained, version) < MEAN_GAP
+        print(report.summary())

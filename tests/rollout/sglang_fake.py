@@ -16,16 +16,12 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import json
-import math
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +29,18 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-VOCAB = 32
-EOS = 2
+from tests.rollout.sglang_fake_control import Control, Refusal, Running
+from tests.rollout.sglang_fake_model import (
+    VOCAB,
+    Layout,
+    acceptance,
+    experts,
+    layout_of,
+    logprob,
+    next_token,
+    runs_of,
+)
+
 GENERATE_FIELDS = {
     "rid": str, "text": str, "input_ids": list, "sampling_params": dict, "return_logprob": bool,
     "logprob_start_len": int, "top_logprobs_num": int, "token_ids_logprob": list,
@@ -51,67 +57,7 @@ SAMPLING_FIELDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Experts of the model that is pretended."""
-
-    num_layers: int = 3
-    topk: int = 2
-    num_experts: int = 8
-    moe_layers: tuple[int, ...] = (1, 2)
-
-
-def next_token(previous: int, position: int, version: int) -> int:
-    """The token at `position`, whatever was sampled before the one before it; never EOS."""
-    token = (7 * previous + 3 * position + 5 * version + 11) % VOCAB
-    return token if token != EOS else 3
-
-
-def logprob(previous: int, token: int, version: int, temperature: float) -> float:
-    """What it was sampled with: a row of a table through a tempered softmax."""
-    logits = np.sin(np.arange(VOCAB) * (1 + previous) + version) * 3
-    logits = logits / (temperature or 1.0)
-    return float(logits[token] - math.log(np.exp(logits).sum()))
-
-
-def experts(token: int, version: int, layout: Layout) -> np.ndarray:
-    """int32 `[layers, topk]`; dense layers are zeros, as in the real one."""
-    ids = np.zeros((layout.num_layers, layout.topk), np.int32)
-    for layer in layout.moe_layers:
-        for k in range(layout.topk):
-            ids[layer, k] = (3 * token + layer + k + version) % layout.num_experts
-    return ids
-
-
-@dataclass(eq=False)
-class Running:
-    """A request at the server."""
-
-    rid: str
-    body: dict[str, Any]
-    output: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    reported: int = 0
-    abort_requested: bool = False
-    reason: dict[str, Any] | None = None
-    lost_routing: bool = False
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.body["input_ids"] + self.output
-
-
-class Refusal(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, content: Any) -> None:
-        super().__init__(str(content))
-        self.status, self.content = status, content
-
-
-class FakeSGLang:
+class FakeSGLang(Control):
     """One server: `app` is the FastAPI application, `start` serves it from a thread.
 
     Args:
@@ -296,26 +242,6 @@ class FakeSGLang:
         wanted = (self.admin_api_key or self.api_key) if admin else self.api_key
         return wanted is None or request.headers.get("authorization") == f"Bearer {wanted}"
 
-    def check_fields(
-        self, body: Any, fields: dict[str, Any], *, required: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Types are checked by both versions, names that nobody knows by 0.5.21 only."""
-        if not isinstance(body, dict):
-            raise Refusal(400, {"error": {"message": "Input should be a valid dictionary"}})
-        if self.strict and (unknown := sorted(body.keys() - fields.keys())):
-            raise Refusal(400, {"error": {"message": f"unknown fields: {unknown}"}})
-        for name in required:
-            if name not in body:
-                raise Refusal(400, {"error": {"message": f"{name}: Field required"}})
-        for name, value in body.items():
-            kind = fields.get(name)
-            if kind is None or value is None:
-                continue
-            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not right and not (isinstance(kind, tuple) and isinstance(value, kind)):
-                raise Refusal(400, {"error": {"message": f"{name}: wrong type {value!r:.40}"}})
-        return body
-
     # Information.
 
     async def health(self, body: Any) -> Any:
@@ -444,7 +370,7 @@ class FakeSGLang:
             "cached_tokens": 0,
         }
         if self.spans:
-            meta["weight_versions"] = _runs(request.versions[:count])
+            meta["weight_versions"] = runs_of(request.versions[:count])
         if body.get("return_logprob"):
             pairs = zip(request.logprobs[:count], output, strict=True)
             meta["output_token_logprobs"] = [[value, token, None] for value, token in pairs]
@@ -455,7 +381,7 @@ class FakeSGLang:
         if body.get("return_routed_experts") and not request.lost_routing:
             meta["routed_experts"] = self._experts(request)
         if self.speculative:
-            meta |= _acceptance(self.speculative, count)
+            meta |= acceptance(self.speculative, count)
         return {"output_ids": output, "meta_info": meta}
 
     def _experts(self, request: Running) -> str:
@@ -471,201 +397,6 @@ class FakeSGLang:
         shape = (-1, self.layout.num_layers, self.layout.topk)
         ids = np.array(rows[start:], np.int32).reshape(shape)
         return base64.b64encode(ids.tobytes()).decode()
-
-    # Control.
-
-    async def abort_request(self, body: Any) -> Any:
-        self.check_fields(body, {"rid": str, "abort_all": bool, "abort_message": str})
-        rid, everything = body.get("rid") or "", body.get("abort_all", False)
-        self.abort(rid, everything)
-        return Response(status_code=200)
-
-    def abort(self, rid: str, everything: bool = False) -> None:
-        if everything:
-            for state in self._states.values():
-                state.abort_requested = True
-            rid = ""
-        elif rid not in self._states:
-            return  # with one tokenizer process an id that is not known goes no further
-        else:
-            self._states[rid].abort_requested = True
-        for request in list(self._waiting):
-            if request.rid.startswith(rid):
-                self._waiting.remove(request)
-                self._states.pop(request.rid, None)
-                request.reason = {"type": "abort", "message": "Abort in waiting queue"}
-                request.lost_routing = True
-                request.done.set()
-        for request in self._running:
-            if request.rid.startswith(rid):
-                request.abort_requested = True
-
-    async def pause_generation(self, body: Any) -> Any:
-        self.check_fields(body, {"mode": str})
-        mode = body.get("mode", "abort")
-        if mode not in ("abort", "retract", "in_place"):
-            raise Refusal(400, {"error": {"message": f"mode: {mode!r} is none of the modes"}})
-        self.held = True
-        if mode == "abort":
-            while self._waiting or self._running:
-                self.abort("", everything=True)
-                await asyncio.sleep(0.01)
-        else:
-            self._engine_paused = True
-            if mode == "retract":
-                self._waiting = self._running + self._waiting
-                self._running = []
-        return {"message": "Generation paused successfully.", "status": "ok"}
-
-    async def continue_generation(self, body: Any) -> Any:
-        self.check_fields(body, {"torch_empty_cache": bool})
-        self.held = self._engine_paused = False
-        return {"message": "Generation continued successfully.", "status": "ok"}
-
-    async def flush_cache(self, body: Any) -> Any:
-        if self._running or (self._waiting and not (self.strict and self._engine_paused)):
-            return Response("Flush cache failed.\n", status_code=400)
-        return Response("Cache flushed.\n", status_code=200)
-
-    # Weights: what came is recorded in `updates`; tests or subclasses make more of it.
-
-    def update(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Accept one call; the answer's content."""
-        self.updates.append((name, body))
-        return {"success": True, "message": "Success."}
-
-    def _update(self, name: str, body: dict[str, Any], *, session: bool) -> dict[str, Any]:
-        if session and self.strict and not self.in_session:
-            message = f"{name} needs /begin_weight_update first"
-            raise Refusal(400, {"success": False, "message": message})
-        if body.get("abort_all_requests"):
-            self.abort("", everything=True)
-        flushes = session and not self.strict and body.get("flush_cache", True)
-        if flushes and (self._running or self._waiting):  # the real scheduler dies of it
-            self.died = "AssertionError: Cache flush failed after updating weights"
-            raise Refusal(500, {"success": False, "message": self.died})
-        answer = self.update(name, body)
-        if body.get("weight_version") is not None:
-            self.weight_version = body["weight_version"]
-        return answer
-
-    async def update_weights_from_tensor(self, body: Any) -> Any:
-        fields = {
-            "serialized_named_tensors": list, "load_format": str, "flush_cache": bool,
-            "abort_all_requests": bool, "weight_version": str, "torch_empty_cache": bool,
-            ("selector" if self.strict else "disable_draft_model"): (str, bool),
-        }  # fmt: skip
-        self.check_fields(body, fields, required=("serialized_named_tensors",))
-        return self._update("update_weights_from_tensor", body, session=True)
-
-    async def update_from_distributed(self, body: Any) -> Any:
-        fields = {
-            "names": list, "dtypes": list, "shapes": list, "group_name": str, "flush_cache": bool,
-            "abort_all_requests": bool, "weight_version": str, "load_format": str,
-            "torch_empty_cache": bool,
-        }  # fmt: skip
-        if self.strict:
-            fields["selector"] = str
-        self.check_fields(body, fields, required=("names", "dtypes", "shapes"))
-        return self._update("update_weights_from_distributed", body, session=True)
-
-    async def update_weights_from_disk(self, body: Any) -> Any:
-        fields = {
-            "model_path": str, "load_format": str, "abort_all_requests": bool,
-            "weight_version": str, "is_async": bool, "torch_empty_cache": bool, "keep_pause": bool,
-            "recapture_cuda_graph": bool, "token_step": int, "flush_cache": bool, "manifest": dict,
-        }  # fmt: skip
-        self.check_fields(body, fields, required=("model_path",))
-        answer = self._update("update_weights_from_disk", body, session=False)
-        return answer | {"num_paused_requests": 0}
-
-    async def init_weights_update_group(self, body: Any) -> Any:
-        fields = {
-            "master_address": str, "master_port": int, "rank_offset": int, "world_size": int,
-            "group_name": str, "backend": str,
-        }  # fmt: skip
-        needed = ("master_address", "master_port", "rank_offset", "world_size")
-        self.check_fields(body, fields, required=needed)
-        return self.update("init_weights_update_group", body)
-
-    async def destroy_weights_update_group(self, body: Any) -> Any:
-        self.check_fields(body, {"group_name": str})
-        return self.update("destroy_weights_update_group", body)
-
-    async def begin_weight_update(self, body: Any) -> Any:
-        self.check_fields(body, {"selector": str})
-        if self.in_session:
-            raise Refusal(400, {"success": False, "message": "a weight update is under way"})
-        self.in_session = True
-        return self.update("begin_weight_update", body)
-
-    async def end_weight_update(self, body: Any) -> Any:
-        self.check_fields(body, {})
-        if not self.in_session:
-            raise Refusal(400, {"success": False, "message": "no weight update is under way"})
-        self.in_session = False
-        return self.update("end_weight_update", body)
-
-    async def update_weight_version(self, body: Any) -> Any:
-        fields = {"new_version": str, "abort_all_requests": bool}
-        self.check_fields(body, fields, required=("new_version",))
-        if body.get("abort_all_requests", True):
-            self.abort("", everything=True)
-        self.update("update_weight_version", body)
-        self.weight_version = body["new_version"]
-        message = f"Weight version updated to {self.weight_version}"
-        return {"success": True, "message": message, "new_version": self.weight_version}
-
-    async def get_weights_by_name(self, body: Any) -> Any:
-        self.check_fields(body, {"name": str, "truncate_size": int}, required=("name",))
-        if body["name"] not in self.weights:
-            raise Refusal(400, {"error": {"message": "Get parameter by name failed"}})
-        return self.weights[body["name"]][: body.get("truncate_size", 100)]
-
-    async def weights_checker(self, body: Any) -> Any:
-        fields: dict[str, Any] = {
-            "action": str, "allow_quant_error": bool, "skip_tensor_list": list,
-        }  # fmt: skip
-        if self.strict:
-            fields["selector"] = str
-        self.check_fields(body, fields)
-        return self.update("weights_checker", body)
-
-
-def _runs(versions: list[int]) -> list[dict[str, Any]]:
-    """Spans of equal versions, as 0.5.19 and later send them."""
-    spans: list[dict[str, Any]] = []
-    for at, version in enumerate(versions):
-        if spans and spans[-1]["version"] == str(version):
-            spans[-1]["end"] = at + 1
-        else:
-            spans.append({"version": str(version), "start": at, "end": at + 1})
-    return spans
-
-
-def _acceptance(names: str, count: int) -> dict[str, Any]:
-    steps, proposed, accepted = max(1, count // 2), 3 * max(1, count // 2), max(0, count // 2)
-    if names == "old":  # up to 0.5.10
-        return {
-            "spec_verify_ct": steps, "spec_draft_token_num": proposed,
-            "spec_accept_token_num": accepted,
-        }  # fmt: skip
-    new = {
-        "spec_verify_ct": steps, "spec_num_proposed_drafts": proposed,
-        "spec_num_correct_drafts": accepted, "spec_accept_rate": accepted / proposed,
-        "spec_accept_length": count / steps, "spec_correct_drafts_histogram": [steps],
-    }  # fmt: skip
-    if names == "both":
-        new |= {"spec_accepted_drafts": accepted, "spec_proposed_drafts": proposed}
-    return new
-
-
-def layout_of(model_path: str) -> Layout:
-    """That of a mixture of experts without dense layers."""
-    config = json.loads(Path(model_path, "config.json").read_text())
-    layers = config["num_hidden_layers"]
-    experts_there = config.get("num_experts") or config["num_local_experts"]
-    return Layout(layers, config["num_experts_per_tok"], experts_there, tuple(range(layers)))
 
 
 def main() -> None:

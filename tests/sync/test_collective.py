@@ -43,7 +43,7 @@ def failing():
     raise ZeroDivisionError("the trainer's own")
 
 
-# Faults of the wire. Buckets are of 256 bytes here, one tensor in each but the small ones.
+# Faults of the wire. Buckets are of 4096 bytes here, one tensor in each but the small ones.
 
 
 def skip_second(sender, bucket, real):
@@ -66,9 +66,9 @@ def reorder(sender, bucket, real):
         held.clear()
 
 
-def rename_a_piece(sender, bucket, real):
-    if bucket.pieces[0].name == "half":
-        object.__setattr__(bucket.pieces[0], "name", "bias")
+def renumber_a_piece(sender, bucket, real):
+    if bucket.first == "half":
+        bucket.packed = [[7, *bucket.packed[0][1:]]]
     real(sender, bucket)
 
 
@@ -82,8 +82,16 @@ STEPS = {  # version: (weights, fault of the sender, what both sides say)
     7: (weights(7), skip_second, r"rank 1: SyncError: bucket 1 was dropped"),
     8: (weights(8), repeat_second, "rank 1: SyncError: bucket 1 came again, or out of order"),
     9: (weights(9), reorder, "rank 1: SyncError: bucket 0 was dropped: expected 0, got 1"),
-    10: (weights(10), "flip", r"rank 1: SyncError: half \(bucket 1\) arrived with another"),
-    11: (weights(11), rename_a_piece, "rank 1: SyncError: bucket 1 holds bias, which the engine"),
+    10: (
+        weights(10),
+        "flip",
+        r"rank 1: SyncError: half arrived with another checksum, in bucket 1",
+    ),
+    11: (
+        weights(11),
+        renumber_a_piece,
+        "rank 1: SyncError: bucket 1: tensors 7 to 7 are announced",
+    ),
     12: (weights(12), "commit fails", "rank 1 did not commit: ZeroDivisionError: boom"),
     13: (weights(13), "meanwhile", "rank 1: SyncError: the engine went from version 1 to 2"),
 }
@@ -92,7 +100,7 @@ STEPS = {  # version: (weights, fault of the sender, what both sides say)
 def one_session():
     """Rank 0 pushes all STEPS, the other receives them; what both saw, step by step."""
     if dist.get_rank() == 0:
-        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
         assert isinstance(syncer, WeightSyncer)
         real = Sender._send_bucket
         seen = {}
@@ -114,14 +122,14 @@ def one_session():
     arrived, commit = Inbox.arrived, target.commit_weights
     seen = {}
 
-    def flip(inbox, data, pieces):
-        if pieces[0].name == "half":
+    def flip(inbox, index, data):
+        if index == 1:
             data[3] ^= 1
-        arrived(inbox, data, pieces)
+        arrived(inbox, index, data)
 
-    def change_meanwhile(inbox, data, pieces):
+    def change_meanwhile(inbox, index, data):
         target.weight_version = 2
-        arrived(inbox, data, pieces)
+        arrived(inbox, index, data)
 
     def boom(*_, **__):
         raise ZeroDivisionError("boom")
@@ -189,15 +197,15 @@ def test_versions_only_grow_and_a_closed_syncer_says_so(session):
 
 def three_receivers():
     if dist.get_rank() == 0:
-        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
         return [attempt(lambda v=v: syncer.push(weights(v), version=v)) for v in (1, 2, 3)]
     target = Target()
     receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=TIMEOUT)
     arrived, seen = Inbox.arrived, []
 
-    def flip(inbox, data, pieces):
+    def flip(inbox, index, data):
         data[0] ^= 1
-        arrived(inbox, data, pieces)
+        arrived(inbox, index, data)
 
     for version in (1, 2, 3):
         if version == 2 and dist.get_rank() == 2:
@@ -209,7 +217,7 @@ def three_receivers():
 
 def test_one_receiver_that_refuses_keeps_all_from_committing(tmp_path):
     sent, *received = launch(three_receivers, 4, tmp_path)
-    matches(sent[1], r"version 2 was not taken, .*rank 2: SyncError: weight \(bucket 0\) arrived")
+    matches(sent[1], r"version 2 was not taken, .*rank 2: SyncError: weight arrived")
     assert "rank 1" not in sent[1] and sent[2].version == 3
     assert sent[2].copied_bytes == 4 * 86
     for seen, version, committed in received:
@@ -273,7 +281,7 @@ def sharded(fault):
         return seen, [bool(torch.equal(t, wanted[n])) for n, t in engine.weight_tensors().items()]
     model = tiny("llama", seed=1)
     fully_shard(model, mesh=DeviceMesh.from_group(trainers, "cpu"))
-    syncer = CollectiveSyncer(pair, trainers=trainers, bucket_bytes=1024, timeout=TIMEOUT)
+    syncer = CollectiveSyncer(pair, trainers=trainers, bucket_bytes=4096, timeout=TIMEOUT)
     state = model.state_dict()
     if fault == "missing":
         del state["model.norm.weight"]
@@ -281,7 +289,8 @@ def sharded(fault):
     if fault == "dead":
         return first
     syncer.push(model.state_dict().items(), version=2)
-    held = sum(b.numel() for b in syncer._sender._buffers) if syncer._sender else 0
+    sender = syncer._sender
+    held = sum(buffer.numel() for buffer in sender._outbox.buffers) if sender else 0
     return first, held
 
 
@@ -289,7 +298,7 @@ def test_a_sharded_trainer_pushes_and_only_the_sender_holds_buckets(tmp_path):
     one, other, (seen, equal) = launch(sharded, 3, tmp_path, None)
     assert one[0].num_tensors == other[0].num_tensors > 5
     assert one[0].num_buckets == other[0].num_buckets > 5
-    assert (one[1], other[1]) == (2048, 0)
+    assert (one[1], other[1]) == (8192, 0)
     assert seen == [1, 2] and all(equal)
 
 
@@ -310,7 +319,7 @@ def test_ranks_of_a_sharded_trainer_hear_together_of_an_engine_that_died(tmp_pat
 
 def taking_turns():
     if dist.get_rank() == 0:
-        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=1024, timeout=TIMEOUT)
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
         for version in range(1, 6):
             syncer.push(weights(version), version=version)
         return syncer.close()
@@ -333,9 +342,39 @@ def test_two_buffers_take_turns_and_a_thread_serves_until_the_sender_closes(tmp_
     assert pointers[0] == pointers[2] == pointers[4] != pointers[1] == pointers[3]
 
 
+def staying():
+    if dist.get_rank() == 0:
+        first = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
+        first.push(weights(1), version=1)
+        first.push(weights(2), version=2)
+        # Another one does not know yet what is expected.
+        second = CollectiveSyncer(dist.group.WORLD, bucket_bytes=8192, timeout=TIMEOUT)
+        return second.push(weights(3), version=3).num_buckets
+    target = Target()
+    receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=TIMEOUT, alias=False)
+    before = {name: tensor.data_ptr() for name, tensor in target.live.items()}
+    send, said = Link.send, []
+
+    def noting(link, rank, message):
+        said.append("tensors" in message)
+        send(link, rank, message)
+
+    Link.send = noting
+    for _ in range(3):
+        receiver.receive_once()
+    hellos = said[::3]  # hello, vote, done
+    stayed = before == {name: tensor.data_ptr() for name, tensor in target.live.items()}
+    return hellos, stayed, same(target.live, random_tensors(3))
+
+
+def test_what_is_expected_is_said_once_and_tensors_stay_where_they_are_told_to(tmp_path):
+    buckets, received = launch(staying, 2, tmp_path)
+    assert buckets == 2 and received == ([True, False, True], True, True)
+
+
 @pytest.mark.parametrize("size", [100, 0])
 def test_bucket_sizes_and_groups_that_cannot_be(size, tmp_path):
-    with pytest.raises(SettingError, match="multiple of 256"):
+    with pytest.raises(SettingError, match="multiple of 4096"):
         CollectiveSyncer(None, bucket_bytes=size)
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -14,7 +14,7 @@ from tests.sync.test_collective import TIMEOUT, attempt, matches, weights
 
 # Ranks that die: rank 0 sends, 1 and 2 receive.
 
-PHASES = ["hello", "begin", "bucket", "end", "commit"]
+PHASES = ["hello", "begin", "bucket", "sums", "end", "commit"]
 
 
 def dying(who, phase):
@@ -35,7 +35,7 @@ def dying(who, phase):
     armed = []
     Link.send, Link.receive = dying_send, dying_receive
     if rank == 0:
-        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
         syncer.push(weights(1), version=1)
         armed.append(True)
         first = attempt(lambda: syncer.push(weights(2), version=2))
@@ -159,7 +159,7 @@ def breaking(version):
 
 def committing_halfway():
     if dist.get_rank() == 0:
-        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=256, timeout=TIMEOUT)
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
         syncer.push(weights(1), version=1)
         attempt(lambda: syncer.push(weights(2), version=2))
         for version in (3, 4):

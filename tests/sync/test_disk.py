@@ -23,23 +23,6 @@ from tests.sync.targets import Target, random_tensors, same, tensors
 from tests.sync.test_inprocess import BROKEN
 
 
-@pytest.fixture
-def target():
-    return Target()
-
-
-@pytest.fixture(params=["full", "delta"])
-def syncer(request, tmp_path):
-    syncer = DiskSyncer(tmp_path, delta=request.param == "delta", keep=3)
-    yield syncer
-    syncer.close()
-
-
-@pytest.fixture
-def receiver(target, tmp_path):
-    return DiskReceiver(target, tmp_path)
-
-
 def push(syncer, version):
     return syncer.push(random_tensors(version).items(), version=version)
 

@@ -10,24 +10,14 @@ from miles.errors import SettingError, SyncError
 from miles.sync import DiskReceiver, DiskSyncer, _steps
 from tests.sync.processes import die, start
 from tests.sync.targets import Target, random_tensors, same
-from tests.sync.test_disk import push, shard, sparse, sparse_target, step, truncate
-
-
-@pytest.fixture
-def target():
-    return Target()
-
-
-@pytest.fixture(params=["full", "delta"])
-def syncer(request, tmp_path):
-    syncer = DiskSyncer(tmp_path, delta=request.param == "delta", keep=3)
-    yield syncer
-    syncer.close()
-
-
-@pytest.fixture
-def receiver(target, tmp_path):
-    return DiskReceiver(target, tmp_path)
+from tests.sync.test_disk import (
+    push,
+    shard,
+    sparse,
+    sparse_target,
+    step,
+    truncate,
+)
 
 
 def flip(path, place):

@@ -161,20 +161,6 @@ def server(request):
         yield server
 
 
-@pytest.fixture
-def syncer_for(tmp_path):
-    syncers = []
-
-    def make(*servers, **options):
-        options = {"via": "value", "bucket_bytes": 700, "timeout": 30} | options
-        syncers.append(SGLangSyncer([server.url for server in servers], **options))
-        return syncers[-1]
-
-    yield make
-    for syncer in syncers:
-        syncer.close()
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -212,7 +198,7 @@ def test_the_served_version_is_not_pushed_again_and_versions_only_grow(server, s
     syncer.push(weights(1).items(), version=3)
     before = len(server.calls)
     assert syncer.push(weights(2).items(), version=3).num_tensors == 0
-    assert server.calls[before:] == ["/server_info", "/model_info"]
+    assert server.calls[before:] == ["/model_info"]
     with pytest.raises(SyncError, match="version 2 is older than 3"):
         syncer_for(server).push(weights(2).items(), version=2)
     assert same(server.loaded, weights(1))
@@ -472,3 +458,16 @@ def test_cpu_weights_for_a_gpu_carrier_are_refused(server, syncer_for):
         syncer_for(server, via="cuda_ipc").push(weights(1).items(), version=1)
     assert server.weight_version == "0"
     assert not [path for path in server.calls if "generation" in path]
+
+
+def test_what_a_server_is_is_asked_again_after_a_restart(syncer_for):
+    with Server("0.5.17") as server:
+        syncer = syncer_for(server)
+        for version in (1, 2, 3):
+            syncer.push(weights(version).items(), version=version)
+        assert server.calls.count("/server_info") == 1
+        server.weight_version, server.info = "default", {"tp_size": 2}
+        syncer.push(weights(4).items(), version=4)
+        assert server.calls.count("/server_info") == 2
+        payloads = server.updates[-2][1]["serialized_named_tensors"]
+        assert len(payloads) == 2 and same(server.loaded, weights(4))

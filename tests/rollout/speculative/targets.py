@@ -96,7 +96,7 @@ def draft_of(kind: str, model: nn.Module, seed: int = 1) -> Any:
             return MTPDraft.from_target(model, num_modules=3)
         case "standalone":
             return StandaloneDraft.from_target(
-                model, target(num_layers=2, seed=9, max_position_embeddings=128)
+                model, target(num_layers=2, seed=9, max_position_embeddings=1024)
             )
     raise AssertionError(kind)
 

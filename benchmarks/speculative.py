@@ -1,0 +1,389 @@
+r"""Tokens per second of rollouts with a draft and without, in `HFEngine` and an SGLang server.
+
+    python benchmarks/speculative.py --device cuda --server-site ~/site
+    python benchmarks/speculative.py --device cuda --server-site ~/site \
+        --new-tokens 64 --policy runs/speculative_smollm2/served/policy \
+        --draft runs/speculative_smollm2/served/draft
+
+Without `--policy` the policy is SmolLM2-135M-Instruct as it comes; without `--draft` an EAGLE-3
+draft learns the policy's answers here, from scratch, for `--train-seconds`. Prompts are those of
+`examples/speculative_smollm2.py`, or random tokens for a policy without a tokenizer.
+
+A turn is `batch` requests sent at once, at temperature 1, and ends when the last answer is there;
+prefill counts. Without `--until-end` every answer has `--new-tokens` tokens, whatever ends in it,
+so that the work is the same for all. The draft trained here has learnt such answers; one of an RL
+run has never seen what comes after an end, so `--new-tokens` has to be fewer than its answers have.
+With `--until-end` lengths differ, and the tokens that came are counted.
+
+Variants are `plain` without a draft, `K draft tokens`, and `controller`, which chooses up to the
+largest K by acceptance and by a `CostModel` fitted to a calibration in this process: plain steps
+and steps of every K, at powers of two up to the largest batch. They take turns in an order that
+rotates, after two turns each that are not timed. `speedup` is the median over repeats of the
+tokens per second over that of `plain` in the same repeat.
+
+Both servers run at once and take turns likewise, on one GPU or on those of `--server-gpus`. They
+have CUDA graphs for decoding, unless `--no-server-graphs`. SGLang 0.5.17 rejects as a draft's
+distribution asks only where draft and policy share a vocabulary; for another draft the table says
+`target-only`: tokens are kept with the policy's probability alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import routing_sglang as server
+import torch
+import transformers
+import tyro
+from routing import append, environment, spread, synchronize
+
+from miles.rollout import HFEngine, Sample, SamplingParams, SGLangEngine, SGLangServer
+from miles.rollout.speculative import (
+    CostModel,
+    DraftController,
+    DraftTrainer,
+    Eagle3Draft,
+    SpeculativeStats,
+    export_draft,
+    load_draft,
+)
+from miles.rollout.speculative.eagle3 import frequent_tokens
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from grpo_smollm2 import load_smollm2  # examples are no package
+from speculative_rl import answers_to, train_draft
+from speculative_smollm2 import WorkedSums
+
+WARM_UP = 2
+SERVER_FLAGS = (
+    "--skip-tokenizer-init", "--dtype", "bfloat16", "--attention-backend", "triton",
+    "--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3",
+)  # fmt: skip
+PLAIN = "plain"
+
+Ask = Callable[[list[list[int]], SamplingParams, Sequence[int]], list[Sample]]
+"""Prompts, how to sample and a seed for each prompt, to the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Rollouts with a draft against rollouts without."""
+
+    device: str = "cpu"
+    """Where the embedded engine runs; a server always takes a GPU."""
+    policy: Path | None = None
+    """Folder of the policy in HF format."""
+    draft: Path | None = None
+    """Folder of its draft, as `export_draft` writes it."""
+    save: Path | None = None
+    """Folder to keep `policy/` and `draft/` in; None: they go at the end."""
+    train_seconds: float = 120.0
+    """How long a draft learns, sampling included."""
+    train_updates: int = 1000
+    """Most updates of it."""
+    micro_batch_size: int = 64
+    """Answers of an update."""
+    learning_rate: float = 1e-3
+    """Of the draft."""
+    draft_vocabulary: int = 0
+    """Tokens of the draft's own vocabulary, the policy's most frequent; 0 for the policy's."""
+    embedded: bool = True
+    """Measure `HFEngine`."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    """Requests at once."""
+    draft_tokens: tuple[int, ...] = (1, 3, 5)
+    """Numbers of draft tokens."""
+    new_tokens: int = 128
+    """Tokens of an answer."""
+    until_end: bool = False
+    """Whether an answer may end before that."""
+    temperature: float = 1.0
+    """Of sampling."""
+    num_terms: int = 6
+    """Numbers of the sum that a prompt asks for."""
+    repeats: int = 8
+    """Timed turns of each variant."""
+    server_site: str = ""
+    """Folder with SGLang and what it needs, for servers alone; empty: none is started."""
+    server_gpus: str = ""
+    """The servers' GPUs, with commas between; empty: the one that this process sees first."""
+    server_graphs: bool = True
+    """Whether servers decode by CUDA graphs."""
+    server_draft_tokens: int = 3
+    """Draft tokens of the server with a draft."""
+    server_seconds: float = 400.0
+    """How long a server may take to start."""
+    out: Path = Path("benchmarks/results/speculative.csv")
+    """The CSV; rows are appended."""
+    commit: str = ""
+    """What was measured; asked of git where that is left out."""
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=self.new_tokens, temperature=self.temperature,
+            ignore_eos=not self.until_end,
+        )  # fmt: skip
+
+
+def load(config: Config) -> tuple[Any, Any]:
+    """The policy as the engine runs it, and its tokenizer or None."""
+    if config.policy is None:
+        model, tokenizer = load_smollm2()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.policy)
+        found = (config.policy / "tokenizer_config.json").exists()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.policy) if found else None
+    dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
+    return model.to(config.device, dtype).eval(), tokenizer
+
+
+def prompts_from(config: Config, model: Any, tokenizer: Any) -> Iterator[list[int]]:
+    """Prompts without end."""
+    if tokenizer is not None:
+        task = WorkedSums(0, tokenizer, num_terms=config.num_terms)
+        for step in itertools.count():
+            for problem in task.training(64, step):
+                yield list(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(1, model.config.vocab_size, (16,), generator=generator).tolist()
+
+
+def trained_draft(config: Config, model: Any, prompts: Iterator[list[int]]) -> Eagle3Draft:
+    """A draft that has learnt the policy's answers, from nothing."""
+    end = time.monotonic() + config.train_seconds
+    engine, seeds = HFEngine(model, max_batch=4 * config.micro_batch_size), itertools.count(10**9)
+
+    def sampled(number: int) -> list[Sample]:
+        asked = list(itertools.islice(prompts, number))
+        return answers_to(engine, asked, config.params, seeds)
+
+    ids = None
+    if config.draft_vocabulary:
+        counts_V = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+        for sample in sampled(16 * config.micro_batch_size):
+            counts_V += torch.tensor(sample.response_tokens).bincount(minlength=len(counts_V))
+        ids = frequent_tokens(counts_V, config.draft_vocabulary).to(config.device)
+    draft = Eagle3Draft.from_target(model, target_ids=ids, dtype=torch.float32)
+    trainer = DraftTrainer(
+        draft, model, lr=config.learning_rate, temperature=config.temperature, share=1.0,
+        autocast=torch.bfloat16 if config.device == "cuda" else None,
+    )  # fmt: skip
+    train_draft(
+        trainer, model, sampled, updates=config.train_updates, device=config.device,
+        micro_batch_size=config.micro_batch_size, seconds=end - time.monotonic(),
+    )  # fmt: skip
+    engine.close()
+    return draft
+
+
+class InTurn:
+    """A stand-in for a controller that takes every number of draft tokens in turn."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers, self.max_steps = itertools.cycle(numbers), max(numbers)
+
+    def choose(self, batch: int) -> int:
+        return next(self._numbers)
+
+    def observe(self, stats: Any) -> None:
+        pass
+
+
+def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[int]]) -> CostModel:
+    """What steps cost, over batches and numbers of draft tokens, measured in this process."""
+    most = max(config.draft_tokens)
+    batches = {2**n for n in range(max(config.batches).bit_length())} | set(config.batches)
+    engine = HFEngine(
+        model, max_batch=max(batches), draft=draft, draft_steps=most,
+        controller=InTurn([0, *config.draft_tokens]),
+    )  # fmt: skip
+    for _ in range(WARM_UP + 2):  # medians, so that captures of graphs don't count
+        for batch in sorted(batches):
+            answers_to(engine, list(itertools.islice(prompts, batch)), config.params, range(batch))
+    costs = [sample for sample in engine.step_costs() if sample.batch in batches]
+    engine.close()
+    return CostModel.fit(costs)
+
+
+def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
+    cost = calibrated(config, model, draft, prompts)
+    server.say(f"fitted: {cost}")
+    size, most = max(config.batches), max(config.draft_tokens)
+    controller = DraftController(cost, max_steps=most)
+    options: dict[str, dict[str, Any]] = {PLAIN: {}}
+    for number in config.draft_tokens:
+        options[f"{number} draft tokens"] = {"draft": draft, "draft_steps": number}
+    options["controller"] = {"draft": draft, "draft_steps": most, "controller": controller}
+    engines = {name: HFEngine(model, max_batch=size, **more) for name, more in options.items()}
+    asks: dict[str, Ask] = {
+        name: lambda asked, params, seeds, engine=engine: answers_to(engine, asked, params, seeds)
+        for name, engine in engines.items()
+    }
+    rows = measured(config, asks, prompts)
+    for batch in config.batches:
+        speedups = " ".join(f"{speedup:.2f}" for speedup in controller.speedups(batch))
+        server.say(f"predicted at batch {batch} for 0 to {most} draft tokens: {speedups}")
+    for engine in engines.values():
+        engine.close()
+    return [{"engine": "HFEngine"} | row for row in rows]
+
+
+def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model.to("cpu", torch.bfloat16).save_pretrained(folder / "policy")
+        export_draft(draft, folder / "draft", dtype=torch.bfloat16)
+        number, name = config.server_draft_tokens, "{} draft tokens"
+        flags = [
+            "--speculative-algorithm", "EAGLE3",
+            "--speculative-draft-model-path", str(folder / "draft"),
+            "--speculative-num-steps", str(number), "--speculative-eagle-topk", "1",
+            "--speculative-num-draft-tokens", str(number + 1),
+        ]  # fmt: skip
+        if draft.target_ids is None:
+            flags.append("--speculative-use-rejection-sampling")
+        else:
+            name += ", target-only"
+        variants = {PLAIN: [], name.format(number): flags}
+        gpus = itertools.cycle(config.server_gpus.split(","))
+        asks: dict[str, Ask] = {}
+        for variant, more in variants.items():
+            url = stack.enter_context(serving(config, folder, more, next(gpus))).url
+            server.say(f"{variant}: the server has answered")
+            engine = stack.enter_context(contextlib.closing(SGLangEngine(url)))
+            asks[variant] = lambda asked, params, _, engine=engine: answers_to(
+                engine, asked, params, itertools.repeat(None)
+            )
+        rows = measured(config, asks, prompts)
+    return [{"engine": server.sglang_version(config)} | row for row in rows]
+
+
+@contextlib.contextmanager
+def serving(config: Config, folder: Path, flags: Sequence[str], gpu: str) -> Iterator[SGLangServer]:
+    """A server of `folder/policy` on a GPU; if it fails, the end of its log is shown."""
+    size = str(max(config.batches))
+    graphs = ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", size]
+    env = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+    if config.server_site:
+        env["PYTHONPATH"] = str(Path(config.server_site).expanduser().resolve())
+    made = SGLangServer(
+        folder / "policy",
+        args=[
+            *SERVER_FLAGS, "--max-running-requests", size,
+            *(graphs if config.server_graphs else ["--disable-cuda-graph"]), *flags,
+        ],
+        env=env, cwd=folder, start_timeout=config.server_seconds,
+    )  # fmt: skip
+    server.say(" ".join(made.command))
+    try:
+        with made:
+            yield made
+    except Exception as error:  # whatever it was: the log is gone with the folder
+        server.say(f"{type(error).__name__}; the end of the server's log:\n{made.last_lines(80)}")
+        raise
+
+
+def measured(
+    config: Config, asks: dict[str, Ask], prompts: Iterator[list[int]]
+) -> list[dict[str, Any]]:
+    """A row for each batch and variant."""
+    rows = []
+    for batch in config.batches:
+        speeds: dict[str, list[float]] = {name: [] for name in asks}
+        counts = {name: SpeculativeStats(**dict.fromkeys(COUNTS, 0)) for name in asks}
+        names = list(asks)
+        for turn in range(config.repeats + WARM_UP):
+            asked = list(itertools.islice(prompts, batch))
+            seeds = range(turn * batch, (turn + 1) * batch)
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                synchronize()
+                start = time.perf_counter()
+                samples = asks[name](asked, config.params, seeds)
+                seconds = time.perf_counter() - start
+                if turn >= WARM_UP:
+                    speeds[name].append(sum(len(s.response_tokens) for s in samples) / seconds)
+                    counts[name] = sum((counts_of(sample) for sample in samples), counts[name])
+        rows += summaries(config, batch, speeds, counts)
+    return rows
+
+
+COUNTS = ("num_verify_steps", "num_proposed", "num_accepted", "num_tokens")
+
+
+def counts_of(sample: Sample) -> SpeculativeStats:
+    found = sample.metadata.get("speculative") or dict.fromkeys(COUNTS, 0)
+    return SpeculativeStats(**{name: found[name] for name in COUNTS})
+
+
+def summaries(
+    config: Config, batch: int, speeds: dict[str, list[float]], counts: dict[str, SpeculativeStats]
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, values in speeds.items():
+        ratios = [value / base for value, base in zip(values, speeds[PLAIN], strict=True)]
+        median, p20, p80 = spread(values)
+        speedup, speedup_p20, speedup_p80 = spread(ratios)
+        row: dict[str, Any] = {
+            "variant": name, "batch": batch, "new_tokens": config.new_tokens,
+            "until_end": config.until_end, "repeats": len(values),
+            "tokens_per_second": round(median), "p20": round(p20), "p80": round(p80),
+            "speedup": f"{speedup:.3f}", "speedup_p20": f"{speedup_p20:.3f}",
+            "speedup_p80": f"{speedup_p80:.3f}", "accept_length": "", "draft_length": "",
+        }  # fmt: skip
+        if steps := counts[name].num_verify_steps:
+            row["accept_length"] = f"{counts[name].num_accepted / steps + 1:.3f}"
+            row["draft_length"] = f"{counts[name].num_proposed / steps:.2f}"
+        server.say(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
+    return rows
+
+
+def main(config: Config) -> None:
+    start = time.perf_counter()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    model, tokenizer = load(config)
+    prompts = prompts_from(config, model, tokenizer)
+    draft: Any
+    if config.draft is None:
+        draft = trained_draft(config, model, prompts)
+    else:
+        draft = load_draft(config.draft, model)
+    draft = draft.to(dtype=model.dtype)
+    if config.save is not None:
+        model.save_pretrained(config.save / "policy")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(config.save / "policy")
+        export_draft(draft, config.save / "draft")
+    size = len(draft.target_ids) if draft.target_ids is not None else model.config.vocab_size
+    common = environment(config.device, config.commit) | {
+        "policy": "SmolLM2-135M-Instruct" if config.policy is None else str(config.policy),
+        "draft": f"trained here for {config.train_seconds:.0f} s"
+        if config.draft is None
+        else str(config.draft),
+        "dtype": str(model.dtype).removeprefix("torch."), "draft_vocabulary": size,
+    }  # fmt: skip
+    parts = [embedded] if config.embedded else []
+    parts += [servers] if config.server_site else []
+    for part in parts:
+        append(config.out, [common | row for row in part(config, model, draft, prompts)])
+        gc.collect()
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+        server.say(f"{part.__name__}: {time.perf_counter() - start:.0f} s so far")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,162 @@
+"""GPU memory that SGLang servers read buckets from, and the buckets in it.
+
+Three slabs take turns, over buckets and pushes: while a server loads one bucket, the next one's
+call has reached it, and a third is filled. They come from the driver, not from torch's allocator,
+and are exported once: nothing of torch's reference counts is involved (each export of a torch
+storage wraps it in a further counter and event, which would add up on memory that stays), and
+`expandable_segments` and memory savers do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.errors import SyncError
+from miles.sync import _copies, _cuda_driver
+from miles.sync._buckets import whole
+from miles.sync._checksum import BLOCK
+from miles.sync._copies import Pieces
+from miles.sync._sglang_payload import FlatBucket, Shared, described
+
+__all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
+
+DEPTH = 2
+"""Buckets that may be with the servers at a time."""
+
+
+class Memory(Protocol):
+    """Where slabs lie."""
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Raise for a tensor that cannot be copied there."""
+        ...
+
+    def allocate(self, device: torch.device, nbytes: int) -> Shared:
+        """Memory on a device; freed when it is let go of."""
+        ...
+
+
+class CudaMemory:
+    """The CUDA driver's."""
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """See `Memory.check`."""
+        if tensor.device.type != "cuda":
+            raise SyncError(
+                f"{name} is on {tensor.device}; expected a CUDA tensor on the server's GPU: move "
+                'it there, or use via="value"'
+            )
+
+    def allocate(self, device: torch.device, nbytes: int) -> Shared:
+        """See `Memory.allocate`."""
+        memory = _cuda_driver.allocate(device.index, nbytes)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return Shared(memory, _cuda_driver.export(memory), uuid)
+
+
+class Slabs:
+    """Fills buckets, each weight whole in one of them, at a multiple of 4096 bytes.
+
+    Args:
+        bucket_bytes: most bytes of a bucket, save where one weight has more: its slab grows.
+        memory: where they lie.
+    """
+
+    def __init__(self, bucket_bytes: int, memory: Memory | None = None) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._memory = memory or CudaMemory()
+        self._slabs: list[Shared | None] = [None] * (DEPTH + 1)
+        self._turn = 0
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._slabs = [None] * len(self._slabs)
+
+    def buckets(
+        self, weights: Iterable[tuple[str, Tensor]], *, together: bool
+    ) -> Iterator[FlatBucket]:
+        """Copy weights into one slab after the other.
+
+        A bucket is overwritten when `DEPTH` + 1 further ones are asked for.
+
+        Args:
+            weights: (name, tensor) pairs; sharded ones are gathered.
+            together: they stay as they are until the end, so that a bucket is copied by one launch.
+
+        Raises:
+            SyncError: a name came twice; a tensor is not on a GPU; no memory is left.
+        """
+        seen: set[str] = set()
+        filling: _Filling | None = None
+        for name, shard in weights:
+            tensor = whole(shard.detach())
+            if name in seen:
+                raise SyncError(f"{name} came twice; expected each weight once")
+            seen.add(name)
+            self._memory.check(name, tensor)
+            if filling is not None and filling.used + tensor.nbytes > self._bucket_bytes:
+                yield filling.finished()
+                filling = None
+            if filling is None:
+                filling = _Filling(self._next(tensor))
+            filling.add(name, tensor)
+            if not together:
+                filling.write()
+        if filling is not None:
+            yield filling.finished()
+
+    def _next(self, first: Tensor) -> Shared:
+        """The slab whose turn it is, with room for this tensor."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._slabs)
+        size = -(-max(self._bucket_bytes, first.nbytes) // BLOCK) * BLOCK
+        slab = self._slabs[turn]
+        if slab is None or slab.memory.device != first.device or slab.memory.numel() < size:
+            self._slabs[turn] = None  # freed before there is another
+            del slab
+            slab = self._slabs[turn] = self._memory.allocate(first.device, size)
+        return slab
+
+
+class _Filling:
+    """A bucket that is being filled."""
+
+    def __init__(self, slab: Shared) -> None:
+        self._slab = slab
+        memory = slab.memory
+        # The kernel sums up what it copies, which nobody asks for here.
+        self._sums = torch.empty(memory.numel() // BLOCK, dtype=torch.int64, device=memory.device)
+        self._sources: list[Tensor] = []
+        self._blocks: list[int] = []
+        self._bucket = FlatBucket(memory, shared=slab)
+        self.used = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Give a weight its place."""
+        self._bucket.metadata.append(described(name, tensor, self.used))
+        self._sources.append(tensor.to(self._slab.memory.device).contiguous())
+        self._blocks.append(self.used // BLOCK)
+        self.used += -(-tensor.nbytes // BLOCK) * BLOCK
+
+    def write(self) -> None:
+        """Queue the copies of what has been added."""
+        sources, memory = self._sources, self._slab.memory
+        nbytes_N = np.array([source.nbytes for source in sources], dtype=np.int64)
+        pieces = Pieces(np.zeros_like(nbytes_N), nbytes_N, np.array(self._blocks, dtype=np.int64))
+        dtypes = [source.dtype for source in sources]
+        _copies.copy(sources, dtypes, pieces, memory, self._sums, version=0)
+        self._sources, self._blocks = [], []
+
+    def finished(self) -> FlatBucket:
+        """The bucket, written."""
+        self.write()
+        memory = self._slab.memory
+        self._bucket.flat = memory[: self.used]
+        if memory.is_cuda:
+            torch.cuda.current_stream(memory.device).synchronize()
+        return self._bucket
