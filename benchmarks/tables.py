@@ -353,6 +353,21 @@ def speculative() -> str:
     return "\n".join(lines)
 
 
+def draft_cost() -> str:
+    """What a draft that learns online adds to the policy's step."""
+    lines = [
+        "| hardware, date, commit | activations | what | ms | time | FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows("draft_cost"):
+        again = "computed again" if row["checkpointing"] == "True" else "kept"
+        cells = [f"{row['hardware']}, {row['date']}, {row['commit']}", again, row["variant"]]
+        cells += [f"{float(row['ms']):,.0f}"]
+        cells += [f"{float(row[key]):+.1f} %" for key in ("percent", "flop_percent")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def weight_sync() -> str:
     """GB/s of each carrier and model, beside a copy, and where the time goes."""
     lines = [
@@ -392,6 +407,7 @@ def weight_sync_sglang() -> str:
 TABLES = {
     "delta_sparsity": delta_sparsity,
     "engine_throughput": engine_throughput,
+    "draft_cost": draft_cost,
     "fp8_linear": fp8_linear,
     "int4_rules": int4_rules,
     "losses": losses,

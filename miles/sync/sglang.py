@@ -49,8 +49,9 @@ class SGLangSyncer:
         via: how bytes get there. `"cuda_ipc"`: a handle of GPU memory, for servers on this GPU;
             `"value"`: in the request itself, for small models and any network; `"distributed"`:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
-        bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time;
-            for `"cuda_ipc"` three, which are kept from push to push.
+        bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time,
+            which `"cuda_ipc"` keeps from push to push. A server's call costs some milliseconds
+            whatever the size: larger ones are faster.
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
@@ -62,7 +63,8 @@ class SGLangSyncer:
             classes can do that; Llama's can.
         folder: for `"disk"`: a folder that servers see under the same path.
         master: for `"distributed"`: this host's address as servers reach it, and a free port.
-        backend: for `"distributed"`.
+        backend: for `"distributed"`. With NCCL, servers and this process have to be started with
+            the same `NCCL_CUMEM_ENABLE`, which is 0 in a server's environment that has none.
         timeout: seconds for a call.
         assume_version: treat an unknown version of SGLang as this one.
 

@@ -315,7 +315,8 @@ def test_expandable_segments_do_no_harm(start, syncer):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_of_one_host_under_different_names(start, syncer, direct):
-    engine = start(visible="1")  # our cuda:1 is its cuda:0
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    engine = start(visible=ours[1])  # our cuda:1 is its cuda:0
     if not direct:
         with pytest.raises(SyncError, match="not visible here"):  # the slab's GPU
             syncer.push(model(1).items(), version=1)

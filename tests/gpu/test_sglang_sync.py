@@ -55,13 +55,13 @@ def model(seed: int):
     return made.to("cuda", torch.bfloat16).eval()
 
 
-def serve(folder: Path, *more: str) -> SGLangServer:
+def serve(folder: Path, *more: str, **env: str) -> SGLangServer:
     check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
     if subprocess.run([PYTHON, "-c", check], env=os.environ | ENV).returncode:
         pytest.skip("no sglang in MILES_SGLANG_SITE")
     CONFIG.save_pretrained(folder)
     return SGLangServer(
-        folder, args=[*FLAGS, *more], env=ENV, cwd=folder, python=PYTHON, start_timeout=280
+        folder, args=[*FLAGS, *more], env=ENV | env, cwd=folder, python=PYTHON, start_timeout=280
     )
 
 
@@ -143,9 +143,9 @@ def test_weights_reach_a_server_on_another_gpu(tmp_path):
         free.bind(("127.0.0.1", 0))
         master = free.getsockname()
     with (
-        serve(tmp_path, "--base-gpu-id", "1") as far,
+        serve(tmp_path, "--base-gpu-id", "1", NCCL_CUMEM_ENABLE="1") as far,
         closing(
-            SGLangSyncer(far.url, via="distributed", master=master, bucket_bytes=BUCKET)
+            SGLangSyncer(far.url, via="distributed", master=master, bucket_bytes=BUCKET, timeout=60)
         ) as syncer,
         closing(SGLangEngine(far.url)) as engine,
     ):
