@@ -68,9 +68,9 @@ class Group:
                 for call in failed:
                     call.result()
                 raise SyncError(
-                    f"a broadcast took more than {self._timeout:g} s; is every server up, does NCCL "
-                    "find a way to it, and is NCCL_CUMEM_ENABLE the same on both sides (SGLang sets "
-                    "0 where its environment has none)?"
+                    f"a broadcast took more than {self._timeout:g} s; is every server up, does "
+                    "NCCL find a way to it, and is NCCL_CUMEM_ENABLE the same on both sides (SGLang "
+                    "sets 0 where its environment has none)?"
                 )
             time.sleep(0.0005)
 
