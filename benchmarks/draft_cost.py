@@ -3,6 +3,7 @@
     python benchmarks/draft_cost.py
     python benchmarks/draft_cost.py --device cuda --hidden 2048 --sequences 8 --length 2048 \
         --vocabulary 32768 --draft-vocabulary 16384
+    python benchmarks/draft_cost.py --device cuda ... --profile  # where the draft's time goes
 
 The policy is a Llama with random weights, 32 layers by default, in bf16 on a GPU and float32 on a
 CPU; its step is forward and backward passes over micro-batches, with gradient checkpointing or
@@ -27,6 +28,7 @@ import torch
 import transformers
 import tyro
 from routing import WARM_UP, append, environment, summaries, timed
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from miles.losses import token_logprobs
@@ -57,10 +59,12 @@ class Config:
     """Parts that the step is cut into."""
     steps: tuple[int, ...] = (3,)
     """Unrolled steps of the draft."""
-    shares: tuple[float, ...] = (0.5, 1.0)
+    shares: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Shares of the sequences that the draft learns from."""
     checkpointing: bool = False
     """Whether the policy's layers are run again in the backward pass."""
+    profile: bool = False
+    """Print the operators and kernels that the first trainer adds, and time nothing."""
     repeats: int = 10
     """Turns that are timed, after two that are not."""
     out: Path = Path("benchmarks/results/draft_cost.csv")
@@ -163,6 +167,31 @@ def of_process(run: Callable[[], None]) -> tuple[float, float]:
     return (time.process_time() - start) * 1e3, 0.0
 
 
+def profile(policy: Callable[[], None], trained: Callable[[], None]) -> None:
+    """What the trained step adds to the policy's, by kernel, or on a CPU by operator."""
+    tables: list[dict[str, tuple[float, int]]] = []
+    for run in (policy, trained):
+        for _ in range(WARM_UP):
+            run()
+        with torch.profiler.profile() as profiler:
+            run()
+        on_gpu = torch.cuda.is_available()
+        clock = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        tables.append({
+            event.key: (getattr(event, clock) / 1e3, event.count)
+            for event in profiler.key_averages()
+            if (event.device_type == DeviceType.CUDA) == on_gpu and not event.is_user_annotation
+        })  # fmt: skip
+    without, with_draft = tables
+    added = {
+        name: (ms - without.get(name, (0.0, 0))[0], count - without.get(name, (0.0, 0))[1])
+        for name, (ms, count) in with_draft.items()
+    }
+    for name, (ms, count) in sorted(added.items(), key=lambda item: -item[1][0])[:60]:
+        print(f"  {ms:9.3f} ms {count:6d} x  {name[:150]}")
+    print(f"  {sum(ms for ms, _ in added.values()):9.3f} ms in all")
+
+
 def flops_of(run: Callable[[], None]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
@@ -188,6 +217,9 @@ def main(config: Config) -> None:
     }
     for (steps, share), trainer in trainers.items():
         variants[f"{steps} steps of {share:.0%}"] = lambda t=trainer: step.run(t)
+    if config.profile:
+        profile(variants["policy"], list(variants.values())[2])
+        return
     flops = {name: flops_of(run) for name, run in variants.items()}
     results = in_turns(variants, config.repeats)
     common = environment(config.device, config.commit) | {

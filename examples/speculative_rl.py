@@ -159,7 +159,7 @@ class Speculation:
         self._dtype = torch.bfloat16 if on_gpu else torch.float32  # of the engines' drafts
         self.draft = Eagle3Draft.from_target(model.to(config.device), target_ids=target_ids)
         self.trainer = DraftTrainer(
-            self.draft, model, lr=config.draft_learning_rate, steps=config.unroll,
+            self.draft, model, lr=config.draft_learning_rate, steps=config.unroll, share=0.5,
             temperature=config.temperature, autocast=torch.bfloat16 if on_gpu else None,
         )  # fmt: skip
 

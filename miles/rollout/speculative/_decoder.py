@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from miles.errors import SettingError, UnsupportedModelError
-from miles.rollout.speculative._keys import SlotKeys, UnrolledKeys
+from miles.rollout.speculative._keys import SlotKeys, UnrolledKeys, as_computed
 
 __all__ = ["DecoderLayer", "RMSNorm", "Rotary", "layer_config", "normal_"]
 
@@ -117,6 +117,7 @@ class Attention(nn.Module):
         keys: UnrolledKeys | SlotKeys,
     ) -> Tensor:
         """`[B, L, W]` to `[B, L, H]`."""
+        hidden_BLW = as_computed(hidden_BLW)  # once, not in each of the three
         query, key, value = (
             project(hidden_BLW).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -139,6 +140,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., H]` to `[..., H]`."""
+        hidden = as_computed(hidden)
         out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
         return out
 
@@ -172,7 +174,7 @@ class DecoderLayer(nn.Module):
         read = hidden_BLH
         if self.hidden_norm is not None and self.input_layernorm is not None:
             normed = self.input_layernorm(embeds_BLH), self.hidden_norm(hidden_BLH)
-            read = torch.cat(normed, dim=-1)
+            read = torch.cat([as_computed(part) for part in normed], dim=-1)
         hidden_BLH = hidden_BLH + self.self_attn(read, rotary, keys)
         out: Tensor = hidden_BLH + self.mlp(self.post_attention_layernorm(hidden_BLH))
         return out

@@ -1,5 +1,8 @@
 """How far a draft's distributions are from the policy's, a chunk of places at a time.
 
+The policy's side of a chunk is made once for all steps of the draft, and the gradient in the same
+pass as the loss, so that a chunk is read once.
+
 Shapes: B x L tokens, R = B * L rows of a step's logits, K steps of the draft (in `TargetLogits`,
 rows of logits a sequence), U tokens of its vocabulary, V of the policy's, D hidden size, P places
 that are judged, n of them in a chunk.
@@ -147,7 +150,8 @@ def divergence(
     places; and by row `target_rows_P` of the policy. `labels_P` are ids of the draft's vocabulary,
     read by `hard` only.
     """
-    plan = _Plan(target, aligned, places_P, target_rows_P, labels_P, valid_KP, settings)
+    learns = torch.is_grad_enabled() and any(rows.requires_grad for rows in logits_KRU)
+    plan = _Plan(target, aligned, places_P, target_rows_P, labels_P, valid_KP, settings, learns)
     return Terms(*_Divergence.apply(plan, *logits_KRU))
 
 
@@ -164,6 +168,7 @@ class _Plan(NamedTuple):
     labels_P: Tensor
     valid_KP: Tensor
     settings: Settings
+    learns: bool
 
     def chunks(self) -> Iterator[slice]:
         step = max(1, CHUNK // self.target.vocab_size)
@@ -175,48 +180,51 @@ class _Plan(NamedTuple):
 
 
 class _Divergence(torch.autograd.Function):
-    """Keeps all logits as they came; backward rebuilds the distributions chunk by chunk."""
+    """Makes loss and slopes of a chunk together, and keeps the slopes in the logits' dtype."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *logits_KRU: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*logits_KRU)
-        ctx.plan = plan
         first_RU = logits_KRU[0]
         wide, shape = _wide(first_RU), plan.valid_KP.shape
         loss_KP, alpha_KP = (first_RU.new_zeros(shape, dtype=wide) for _ in range(2))
         agrees_KP, known_P = torch.zeros_like(plan.valid_KP), torch.zeros_like(plan.valid_KP[0])
+        fresh = torch.empty_like if plan.aligned else torch.zeros_like  # else some rows are unsaid
+        slopes = [fresh(logits_RU) for logits_RU in logits_KRU] if plan.learns else []
         with torch.autocast(first_RU.device.type, enabled=False):
             for part in plan.chunks():
                 policy = _Policy(plan, part, wide)
                 known_P[part] = policy.known_n
                 for k, logits_RU in enumerate(logits_KRU):
                     rows_n = plan.rows(k, part, logits_RU.shape[0])
-                    pair = _Pair(policy, logits_RU[rows_n].to(wide), plan.settings)
-                    valid_n = plan.valid_KP[k, part]
-                    loss_KP[k, part] = torch.where(valid_n, pair.loss(plan.labels_P[part]), 0)
-                    alpha_KP[k, part] = torch.where(valid_n, pair.alpha_n, 0)
-                    agrees_KP[k, part] = pair.agrees() & valid_n
+                    pair = _Pair(policy, logits_RU[rows_n], plan.settings)
+                    loss_KP[k, part] = pair.loss(plan.labels_P[part])
+                    alpha_KP[k, part], agrees_KP[k, part] = pair.alpha_n, pair.agrees_n
+                    if plan.learns:
+                        slope_nU = pair.slope_(plan.labels_P[part])
+                        if not plan.aligned:  # a slice takes another dtype, an index does not
+                            slope_nU = slope_nU.to(logits_RU.dtype)
+                        slopes[k][rows_n] = slope_nU
+        ctx.save_for_backward(*slopes)
+        ctx.plan = plan
+        for terms_KP in (loss_KP, alpha_KP, agrees_KP):
+            terms_KP.masked_fill_(~plan.valid_KP, 0)
         ctx.mark_non_differentiable(alpha_KP, agrees_KP, known_P)
         return loss_KP, alpha_KP, agrees_KP, known_P
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan, logits_KRU, weights_KP = ctx.plan, ctx.saved_tensors, grads[0]
-        out = [torch.zeros_like(logits_RU) for logits_RU in logits_KRU]
-        with torch.autocast(weights_KP.device.type, enabled=False):
-            for part in plan.chunks():
-                policy = _Policy(plan, part, weights_KP.dtype)
-                for k, logits_RU in enumerate(logits_KRU):
-                    rows_n = plan.rows(k, part, logits_RU.shape[0])
-                    pair = _Pair(policy, logits_RU[rows_n].to(weights_KP.dtype), plan.settings)
-                    weight_n1 = (weights_KP[k, part] * plan.valid_KP[k, part])[:, None]
-                    slope_nU = pair.slope(plan.labels_P[part]) * (
-                        weight_n1 / plan.settings.temperature
-                    )
-                    # A term without weight adds nothing, whatever its numbers are.
-                    slope_nU.masked_fill_(weight_n1 == 0, 0)
-                    out[k][rows_n] = slope_nU.to(logits_RU.dtype)
+        plan, out = ctx.plan, []
+        weights_KP = grads[0] * plan.valid_KP / plan.settings.temperature
+        for k, slopes_RU in enumerate(ctx.saved_tensors):
+            weight_R = weights_KP[k]
+            if not plan.aligned:
+                rows_P = row_before(plan.places_P, k, slopes_RU.shape[0])
+                weight_R = weight_R.new_zeros(len(slopes_RU)).index_copy(0, rows_P, weight_R)
+            weight_R1 = weight_R[:, None]
+            # A term without weight adds nothing, whatever its numbers are.
+            grad_RU = slopes_RU * weight_R1.to(slopes_RU.dtype)
+            out.append(grad_RU.masked_fill_(weight_R1 == 0, 0))
         return None, *out
 
 
@@ -225,27 +233,33 @@ class _Policy:
 
     def __init__(self, plan: _Plan, part: slice, dtype: torch.dtype) -> None:
         ids_U = plan.settings.target_ids_U
-        logits_nV = plan.target.rows(plan.target_rows_P[part]).to(dtype)
-        logits_nV = logits_nV / plan.settings.temperature
+        logits_nV = plan.target.rows(plan.target_rows_P[part])
         self.top_n = logits_nV.argmax(-1)
+        logits_nV = _tempered(logits_nV, plan.settings.temperature, dtype)
+        logp_nV = logits_nV.log_softmax(-1)
         if ids_U is None:
-            self.logp_nU = logits_nV.log_softmax(-1)
-            self.p_nU = self.within_nU = self.logp_nU.exp()
+            self.logp_nU = logp_nV
+            self.p_nU = self.within_nU = logp_nV.exp()
             self.mass_n = torch.ones_like(self.p_nU[:, 0])
             self.known_n = torch.ones_like(self.top_n, dtype=torch.bool)
-            return
-        kept_nU, lse_n1 = logits_nV[:, ids_U], logits_nV.logsumexp(-1, keepdim=True)
-        self.mass_n = (kept_nU.logsumexp(-1) - lse_n1[:, 0]).exp()
-        self.logp_nU = kept_nU.log_softmax(-1)
-        self.within_nU = self.logp_nU.exp()
-        self.p_nU = (kept_nU - lse_n1).exp()
-        known_V = torch.zeros_like(logits_nV[0] if len(logits_nV) else lse_n1, dtype=torch.bool)
-        self.known_n = known_V.index_fill(0, ids_U, True)[self.top_n]
+        else:
+            top_n1 = self.top_n[:, None]
+            lse_n1 = logits_nV.gather(-1, top_n1) - logp_nV.gather(-1, top_n1)
+            kept_nU = logits_nV.index_select(-1, ids_U)
+            self.logp_nU = kept_nU.log_softmax(-1)
+            self.within_nU = self.logp_nU.exp()
+            self.p_nU = kept_nU.sub_(lse_n1).exp_()
+            self.mass_n = self.p_nU.sum(-1)
+            known_V = torch.zeros(logp_nV.shape[1], dtype=torch.bool, device=ids_U.device)
+            self.known_n = known_V.index_fill(0, ids_U, True)[self.top_n]
+        self.never_nU = self.within_nU == 0
 
     logp_nU: Tensor
     """log of `within_nU`: p renormalised over the draft's vocabulary."""
     p_nU: Tensor
     """p itself there, whose sum is `mass_n`."""
+    never_nU: Tensor
+    """Where p is 0, and so its part of KL, whatever q is."""
 
 
 class _Pair:
@@ -253,13 +267,12 @@ class _Pair:
 
     def __init__(self, policy: _Policy, logits_nU: Tensor, settings: Settings) -> None:
         self.policy, self.settings = policy, settings
-        self.logq_nU = (logits_nU / settings.temperature).log_softmax(-1)
+        top_n, ids_U = logits_nU.argmax(-1), settings.target_ids_U
+        self.agrees_n = (top_n if ids_U is None else ids_U[top_n]) == policy.top_n
+        dtype = policy.p_nU.dtype
+        self.logq_nU = _tempered(logits_nU, settings.temperature, dtype).log_softmax(-1)
         self.q_nU = self.logq_nU.exp()
         self.alpha_n = torch.minimum(policy.p_nU, self.q_nU).sum(-1)
-
-    def agrees(self) -> Tensor:
-        top_n, ids_U = self.logq_nU.argmax(-1), self.settings.target_ids_U
-        return (top_n if ids_U is None else ids_U[top_n]) == self.policy.top_n
 
     def loss(self, labels_n: Tensor) -> Tensor:
         kind, policy = self.settings.kind, self.policy
@@ -269,26 +282,31 @@ class _Pair:
             return 1 - self.alpha_n
         if kind == "lk":
             return -self._floored().log()
-        gap_nU = torch.where(policy.within_nU == 0, 0, policy.logp_nU - self.logq_nU)
-        kl_n = (policy.within_nU * gap_nU).sum(-1)
+        gap_nU = (policy.logp_nU - self.logq_nU).masked_fill_(policy.never_nU, 0)
+        kl_n = gap_nU.mul_(policy.within_nU).sum(-1)
         return kl_n if self.settings.renormalize else kl_n * policy.mass_n
 
-    def slope(self, labels_n: Tensor) -> Tensor:
-        """`[n, U]`: of the loss by the tempered logits of the draft."""
+    def slope_(self, labels_n: Tensor) -> Tensor:
+        """`[n, U]`: of the loss by the tempered logits of the draft. It uses up `q_nU`."""
         kind, policy = self.settings.kind, self.policy
         if kind == "hard":
-            one_n1 = torch.ones_like(self.q_nU[:, :1])
-            return self.q_nU.scatter_add(-1, labels_n[:, None], -one_n1)
+            minus_one_n1 = torch.full_like(self.q_nU[:, :1], -1)
+            return self.q_nU.scatter_add_(-1, labels_n[:, None], minus_one_n1)
         if kind == "kl":
-            slope_nU = self.q_nU - policy.within_nU
-            return slope_nU if self.settings.renormalize else slope_nU * policy.mass_n[:, None]
+            slope_nU = self.q_nU.sub_(policy.within_nU)
+            return slope_nU if self.settings.renormalize else slope_nU.mul_(policy.mass_n[:, None])
         # Where q < p, more q is more acceptance; the softmax takes it from all tokens.
         below_nU = self.q_nU * (self.q_nU < policy.p_nU)
-        slope_nU = self.q_nU * below_nU.sum(-1, keepdim=True) - below_nU
-        return slope_nU if kind == "tv" else slope_nU / self._floored()[:, None]
+        slope_nU = self.q_nU.mul_(below_nU.sum(-1, keepdim=True)).sub_(below_nU)
+        return slope_nU if kind == "tv" else slope_nU.div_(self._floored()[:, None])
 
     def _floored(self) -> Tensor:
         return self.alpha_n.clamp(min=torch.finfo(self.alpha_n.dtype).tiny)
+
+
+def _tempered(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    wide = logits.to(dtype)
+    return wide if temperature == 1 else wide / temperature
 
 
 def _wide(logits: Tensor) -> torch.dtype:

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-__all__ = ["SlotKeys", "UnrolledKeys"]
+from miles.rollout.speculative._chain_attention import SequenceRows, can_chain, chain_attention
+
+__all__ = ["SlotKeys", "UnrolledKeys", "as_computed"]
 
 MASK_CELLS = 2**24
 
@@ -32,6 +34,7 @@ class UnrolledKeys(Cache):  # type: ignore[misc]  # transformers is not typed fo
         super().__init__(layers=[])
         self._seq_ids_BL = seq_ids_BL
         self._steps: list[tuple[Tensor, Tensor]] = []
+        self._rows: SequenceRows | None = None
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Positions and masks are given, so nothing is derived from this."""
@@ -54,10 +57,28 @@ class UnrolledKeys(Cache):  # type: ignore[misc]  # transformers is not typed fo
     def attend(self, query_BHLD: Tensor, keys_BGLD: Tensor, values_BGLD: Tensor) -> Tensor:
         """Take a step's keys and values, and return what its queries read, `[B, H, L, D]`.
 
-        At most `MASK_CELLS` of a mask live at a time; longer rows are recomputed on the way back.
+        Without a mask wherever `can_chain`; else by `attend_masked`, which says the same.
         """
         groups = query_BHLD.shape[1] // keys_BGLD.shape[1]
-        self._steps.append((_repeat(keys_BGLD, groups), _repeat(values_BGLD, groups)))
+        keys, values = _repeat(keys_BGLD, groups), _repeat(values_BGLD, groups)
+        if not self._steps:
+            chained = can_chain(as_computed(query_BHLD))
+            self._rows = SequenceRows.of(self._seq_ids_BL) if chained else None
+        rows = self._rows
+        if rows is None:
+            self._steps.append((keys, values))
+            return self.attend_masked(query_BHLD)
+        query, keys, values = (
+            rows.lay_out(as_computed(part)) for part in (query_BHLD, keys, values)
+        )
+        self._steps.append((keys, values))
+        return rows.put_back(chain_attention(query, self._steps))
+
+    def attend_masked(self, query_BHLD: Tensor) -> Tensor:
+        """What the queries of the last step read, `[B, H, L, D]`, by torch's attention and a mask.
+
+        At most `MASK_CELLS` of a mask live at a time; longer rows are recomputed on the way back.
+        """
         if len(self._steps) == 1 and self._seq_ids_BL is None:
             return F.scaled_dot_product_attention(query_BHLD, *self._steps[0], is_causal=True)
         length = query_BHLD.shape[2]
@@ -204,6 +225,13 @@ class SlotKeys(Cache):  # type: ignore[misc]  # transformers is not typed for us
                 grown[:, :, : old.shape[2] - 1] = old[:, :, :-1]
         self._rectangles[layer_idx] = new
         return new
+
+
+def as_computed(x: Tensor) -> Tensor:
+    """In the dtype of autocast, where it is on."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _repeat(keys: Tensor, groups: int) -> Tensor:

@@ -210,17 +210,23 @@ def loss_of_rows(
     learnt_KP = valid_KP & inside_P
     loss_KP = torch.where(learnt_KP, terms.loss_KP, 0)
     weights_K = decay ** torch.arange(K, dtype=torch.float64, device=places_P.device)
-    total = (loss_KP.sum(1, dtype=torch.float64) * weights_K).sum()
+    loss_K = loss_KP.sum(1, dtype=torch.float64)
+    total = (loss_K * weights_K).sum()
+    wide = torch.float64
+    learnt_K, judged_K = (which_KP.sum(1, dtype=wide) for which_KP in (learnt_KP, valid_KP))
     metrics: Metrics = {
-        "draft/loss": Mean(total.detach(), learnt_KP[0].sum(dtype=torch.float64)),
-        "draft/dropped": mean_over((~inside_P).to(torch.float64), valid_KP[0]),
+        "draft/loss": Mean(total.detach(), learnt_K[0]),
+        "draft/dropped": mean_over((~inside_P).to(wide), valid_KP[0]),
         "draft/accept_length": _accept_length(terms.alpha_KP, valid_KP, places_P),
     }
-    for i in range(K):
-        metrics[f"draft/loss/step_{i}"] = mean_over(loss_KP[i], learnt_KP[i])
-        metrics[f"draft/acceptance/step_{i}"] = mean_over(terms.alpha_KP[i], valid_KP[i])
-        agrees_P = terms.agrees_KP[i].to(torch.float64)
-        metrics[f"draft/agreement/step_{i}"] = mean_over(agrees_P, valid_KP[i])
+    readings = {
+        "loss": (loss_K.detach(), learnt_K),
+        "acceptance": (terms.alpha_KP.sum(1, dtype=wide), judged_K),
+        "agreement": (terms.agrees_KP.sum(1, dtype=wide), judged_K),
+    }
+    for name, (totals_K, counts_K) in readings.items():
+        for i in range(K):
+            metrics[f"draft/{name}/step_{i}"] = Mean(totals_K[i], counts_K[i])
     return (total / denominator).to(loss_KP.dtype), metrics
 
 

@@ -108,13 +108,13 @@ class DraftTrainer:
         draft: an `nn.Module` with `unroll`, such as `Eagle3Draft`. Keep it in float32 and give
             `autocast`: in bf16 an update of less than 1/256 of a weight is lost.
         policy: the model whose passes `capture` reads; None if you build every `Captured` yourself.
-        lr: of AdamW (betas 0.9 and 0.95, no weight decay).
+        lr: of AdamW (betas 0.9 and 0.95, no weight decay), fused on a GPU.
         optimizer: one over the draft's parameters, in place of AdamW; then `lr` is not read.
         kind: `draft_loss`'s: `kl`, `hard`, `tv` or `lk`.
         steps: K of the training-time test, 1 or more.
         share: of the sequences of a step that the draft learns from, evenly spread, at least the
             first of each step; the cost is nearly proportional to it. A micro-batch of which none
-            is taken costs nothing. Shuffle what comes sorted.
+            is taken costs nothing. Shuffle what comes sorted. Give 1 for a fresh draft.
         decay: weight of a step over that of the one before.
         temperature: what rollouts are sampled with.
         mask_policy: which places are learnt from; None for `MaskPolicy()`.
@@ -165,7 +165,7 @@ class DraftTrainer:
         optimizer: torch.optim.Optimizer | None = None,
         kind: Kind = "kl",
         steps: int = 3,
-        share: float = 0.5,
+        share: float = 0.25,
         decay: float = 0.8,
         temperature: float = 1.0,
         mask_policy: MaskPolicy | None = None,
@@ -186,7 +186,9 @@ class DraftTrainer:
         check_made_for(draft, policy, steps)
         self._params = list(self._named.values())
         if optimizer is None:
-            optimizer = torch.optim.AdamW(self._params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+            fused = all(p.is_cuda for p in self._params) or None
+            settings: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+            optimizer = torch.optim.AdamW(self._params, **settings, fused=fused)
         check_optimizer(optimizer, self._params)
         self.optimizer = optimizer
         self._base_lrs = [float(settings["lr"]) for settings in optimizer.param_groups]
@@ -334,10 +336,11 @@ class DraftTrainer:
                 draft stays as it was and what was observed is dropped.
         """
         self._check_here()
-        seen = torch.tensor(len(self._metrics), device=self._params[0].device)
+        seen: Tensor | int = len(self._metrics)
         if self._group is not None:  # one that has nothing would leave the others waiting
+            seen = torch.tensor(seen, device=self._params[0].device)
             dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=self._group)
-        if not self._metrics or not seen:
+        if not seen:
             where = "here" if not self._metrics else "on another rank"
             raise EmptyBatchError(
                 f"nothing was observed {where} since the last step; call observe() on every rank, "

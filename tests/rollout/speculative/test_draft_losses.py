@@ -349,3 +349,71 @@ def test_bad_input_is_refused_in_words(changes, error, words):
         draft_loss(**random_batch() | changes, denominator=1)
     with pytest.raises(SettingError, match="response or all"):
         MaskPolicy(tokens="prompt")
+
+
+def test_the_policys_rows_are_read_once_for_all_steps_and_both_passes(monkeypatch):
+    monkeypatch.setattr(_divergence, "CHUNK", 5 * 8)  # 5 places of 8 tokens
+    batch, read = random_batch(L=10, K=3), []
+    batch["mask_BL"] = torch.ones_like(batch["mask_BL"])
+    rows = TargetLogits.rows
+
+    def counted(self, index_n):
+        read.append(len(index_n))
+        return rows(self, index_n)
+
+    monkeypatch.setattr(TargetLogits, "rows", counted)
+    loss, _ = draft_loss(**batch, denominator=1)
+    loss.backward()
+    assert read == [5, 5, 5, 3]  # the first place of each row is nobody's
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice(kind):
+    batch = random_batch()
+    loss, _ = draft_loss(**batch, denominator=1, kind=kind)
+    once, twice = (
+        torch.autograd.grad(loss, batch["logits_list"], retain_graph=True) for _ in range(2)
+    )
+    torch.testing.assert_close(once, twice, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_gradient_the_numbers_are_the_same_and_no_slopes_are_made(kind, monkeypatch):
+    batch = random_batch()
+    loss, metrics = draft_loss(**batch, denominator=1, kind=kind)
+    monkeypatch.delattr(_divergence._Pair, "slope_")
+    with torch.no_grad():
+        alone, readings = draft_loss(**batch, denominator=1, kind=kind)
+    assert alone == loss and not alone.requires_grad
+    torch.testing.assert_close(reduce_metrics(readings), reduce_metrics(metrics))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_policy_that_never_says_what_the_draft_can_is_never_accepted(temperature):
+    batch = random_batch(U=5)
+    batch["target_logits_BLV"][0, :, IDS_U] = -torch.inf
+    before = [logits.detach().clone() for logits in batch["logits_list"]]
+    loss, metrics = draft_loss(
+        **batch, denominator=1, target_ids=IDS_U, temperature=temperature
+    )  # fmt: skip
+    grads = grads_of(loss, batch)
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads)
+    assert all(grad[0].eq(0).all() for grad in grads)
+    assert reduce_metrics(metrics)["draft/acceptance/step_0"].isfinite()
+    torch.testing.assert_close(before, [x.detach() for x in batch["logits_list"]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv", "lk"])
+def test_a_token_that_neither_can_say_is_as_good_as_not_there(kind):
+    with_it, without = random_batch(V=8), random_batch(V=8)
+    with torch.no_grad():
+        with_it["target_logits_BLV"][..., 7] = -torch.inf
+        for logits in with_it["logits_list"]:
+            logits[..., 7] = -torch.inf
+    without["target_logits_BLV"] = without["target_logits_BLV"][..., :7]
+    without["logits_list"] = [x.detach()[..., :7].requires_grad_() for x in without["logits_list"]]
+    without["input_ids_BL"] = without["input_ids_BL"].clamp(max=6)
+    found, expected = (draft_loss(**b, denominator=1, kind=kind)[0] for b in (with_it, without))
+    torch.testing.assert_close(found, expected)
+    for got, wanted in zip(grads_of(found, with_it), grads_of(expected, without), strict=True):
+        torch.testing.assert_close(got, torch.nn.functional.pad(wanted, (0, 1)))

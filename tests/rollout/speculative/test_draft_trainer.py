@@ -149,7 +149,7 @@ def test_a_share_of_the_sequences_is_the_same_ones_however_the_batch_is_cut(shar
 
 def test_every_step_learns_from_its_first_sequence():
     policy = policy_of()
-    trainer = DraftTrainer(TinyDraft(policy), policy)  # half of the sequences by default
+    trainer = DraftTrainer(TinyDraft(policy), policy)  # a quarter of the sequences by default
     for _ in range(3):
         observe_once(trainer, token_batch(1, 9))
         assert trainer.pending == 1
