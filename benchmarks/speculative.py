@@ -15,11 +15,12 @@ so that the work is the same for all. The draft trained here has learnt such ans
 run has never seen what comes after an end, so `--new-tokens` has to be fewer than its answers have.
 With `--until-end` lengths differ, and the tokens that came are counted.
 
-Variants are `plain` without a draft, `K draft tokens`, and `controller`, which chooses up to the
-largest K by acceptance and by a `CostModel` fitted to a calibration in this process: plain steps
-and steps of every K, at powers of two up to the largest batch. They take turns in an order that
-rotates, after two turns each that are not timed. `speedup` is the median over repeats of the
-tokens per second over that of `plain` in the same repeat.
+Variants are `plain` without a draft, `off` with one that is never asked, `K draft tokens`, and
+`controller`, which chooses up to the largest K by acceptance and by a `CostModel` fitted to a
+calibration in this process: plain steps and steps of every K, at powers of two up to the largest
+batch. They take turns in an order that rotates, after four turns each that are not timed, in which
+shapes of steps are captured. `speedup` is the median over repeats of the tokens per second over
+that of `plain` in the same repeat.
 
 Both servers run at once and take turns likewise, on one GPU or on those of `--server-gpus`. They
 have CUDA graphs for decoding, unless `--no-server-graphs`. SGLang 0.5.17 rejects as a draft's
@@ -63,7 +64,7 @@ from grpo_smollm2 import load_smollm2  # examples are no package
 from speculative_rl import answers_to, train_draft
 from speculative_smollm2 import WorkedSums
 
-WARM_UP = 2
+WARM_UP = 4
 SERVER_FLAGS = (
     "--skip-tokenizer-init", "--dtype", "bfloat16", "--attention-backend", "triton",
     "--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3",
@@ -208,12 +209,23 @@ def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[in
         model, max_batch=max(batches), draft=draft, draft_steps=most,
         controller=InTurn([0, *config.draft_tokens]),
     )  # fmt: skip
-    for _ in range(WARM_UP + 2):  # medians, so that captures of graphs don't count
+    for _ in range(WARM_UP):  # medians, so that captures of graphs don't count
         for batch in sorted(batches):
             answers_to(engine, list(itertools.islice(prompts, batch)), config.params, range(batch))
     costs = [sample for sample in engine.step_costs() if sample.batch in batches]
     engine.close()
-    return CostModel.fit(costs)
+    cost = CostModel.fit(costs)
+    for one in costs:
+        fitted = {
+            "decode": cost.t_decode(one.batch),
+            "verify": cost.t_verify(one.batch, one.tokens),
+            "draft": cost.t_step(one.batch, one.tokens) - cost.t_verify(one.batch, one.tokens + 1),
+        }[one.kind]
+        server.say(
+            f"{one.kind} at batch {one.batch}, {one.tokens} tokens a row: "
+            f"{one.seconds * 1e3:.2f} ms, fitted {fitted * 1e3:.2f} ms"
+        )
+    return cost
 
 
 def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
@@ -224,6 +236,7 @@ def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[
     options: dict[str, dict[str, Any]] = {PLAIN: {}}
     for number in config.draft_tokens:
         options[f"{number} draft tokens"] = {"draft": draft, "draft_steps": number}
+    options["off"] = {"draft": draft, "draft_steps": most, "controller": InTurn([0])}
     options["controller"] = {"draft": draft, "draft_steps": most, "controller": controller}
     engines = {name: HFEngine(model, max_batch=size, **more) for name, more in options.items()}
     asks: dict[str, Ask] = {

@@ -294,7 +294,8 @@ PARAMETERS = {
         "train_halflife min_rows"
     ),
     "miles.rollout.speculative.CostModel": (
-        "* floor per_row per_token knee per_verify draft_floor draft_per_row"
+        "* floor per_row per_token knee per_verify draft_floor draft_per_row per_verify_row"
+        " per_draft per_draft_row"
     ),
     "miles.rollout.speculative.NgramDraft": "* max_ngram min_ngram answers_per_prompt max_prompts",
     "miles.rollout.speculative.draft_loss": (

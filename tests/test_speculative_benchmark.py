@@ -77,12 +77,14 @@ def test_a_draft_is_trained_measured_kept_and_served(
     )  # fmt: skip
     found = rows(tmp_path / "rows.csv")
     own = [row for row in found if row["engine"] == "HFEngine"]
-    names = ["plain", "1 draft tokens", "2 draft tokens", "controller"]
+    names = ["plain", "1 draft tokens", "2 draft tokens", "off", "controller"]
     assert [(row["batch"], row["variant"]) for row in own] == [(b, n) for b in "13" for n in names]
     for row in own:
         assert int(row["tokens_per_second"]) > 0 and row["repeats"] == "2"
         if row["variant"] == "plain":
             assert row["speedup"] == "1.000" and row["accept_length"] == ""
+        elif row["variant"] == "off":
+            assert float(row["draft_length"]) == 0 and float(row["accept_length"]) == 1
         elif row["variant"] != "controller":  # it may have found that nothing pays
             most = int(row["variant"][0])
             assert 1 <= float(row["accept_length"]) <= most + 1

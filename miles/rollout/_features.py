@@ -1,13 +1,14 @@
 """Hidden states of a target's forward passes, for a draft that reads them.
 
-Shapes: B rows, L tokens of a row, F features of a token.
+Shapes: B rows, L tokens of a row, F features of a token, n tokens of one request.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from miles.errors import SettingError, UnsupportedModelError
 from miles.rollout.speculative.draft import FINAL
 
-__all__ = ["FeatureTap"]
+__all__ = ["FeatureTap", "UntoldFeatures"]
 
 
 class FeatureTap:
@@ -59,3 +60,83 @@ class FeatureTap:
                 stack.callback(handle.remove)
             yield features
         features.append(torch.cat([output for output in outputs if output is not None], dim=-1))
+
+
+@dataclass
+class _Pass:
+    """What one pass read, and whose it is."""
+
+    features_BLF: Tensor
+    owners: dict[Hashable, tuple[int, int]]
+    """Of each owner that has not taken its part: its row, and how many of the first tokens."""
+
+    @property
+    def size(self) -> int:
+        return self.features_BLF.shape[0] * self.features_BLF.shape[1]
+
+
+class UntoldFeatures:
+    """What passes read of tokens that the draft has not been told; keeping it launches nothing.
+
+    Example:
+        >>> features = UntoldFeatures()
+        >>> for step in range(3):  # two owners, one token of each in a step
+        ...     features.add(torch.tensor([[[step]], [[10 + step]]]), {"a": (0, 1), "b": (1, 1)})
+        >>> features.drop_beyond(4)  # the first pass goes
+        >>> [part.flatten().tolist() for part in features.take(["b"])], features.size
+        ([[11, 12]], 4)
+        >>> features.forget("a")
+        >>> features.size
+        0
+    """
+
+    def __init__(self) -> None:
+        self._passes: list[_Pass] = []
+
+    @property
+    def size(self) -> int:
+        """Tokens whose features are kept, padding and those of owners that have left too."""
+        return sum(one.size for one in self._passes)
+
+    def add(self, features_BLF: Tensor, owners: Mapping[Any, tuple[int, int]]) -> None:
+        """Keep a pass: of each owner the first so many tokens of a row."""
+        self._passes.append(_Pass(features_BLF, dict(owners)))
+
+    def take(self, owners: Sequence[Hashable]) -> list[Tensor]:
+        """`[n, F]` of each, of all its tokens that are left, in order; of three launches.
+
+        Owners without any get `[0, F]`; some pass must be there.
+        """
+        places: dict[Hashable, list[int]] = {owner: [] for owner in owners}
+        parts_TF: list[Tensor] = []
+        start = 0
+        for one in self._passes:
+            width = one.features_BLF.shape[1]
+            for owner, found in places.items():
+                row, count = one.owners.pop(owner, (0, 0))
+                first = start + row * width
+                found += range(first, first + count)
+            parts_TF.append(one.features_BLF.flatten(0, 1))
+            start += one.size
+        self._drop_taken()
+        all_TF = parts_TF[0] if len(parts_TF) == 1 else torch.cat(parts_TF)
+        index_T = torch.tensor([place for found in places.values() for place in found])
+        if all_TF.is_cuda:
+            index_T = index_T.pin_memory().to(all_TF.device, non_blocking=True)
+        taken_TF = all_TF.index_select(0, index_T.long())
+        return list(taken_TF.split([len(found) for found in places.values()]))
+
+    def forget(self, owner: Hashable) -> None:
+        """The owner has left."""
+        for one in self._passes:
+            one.owners.pop(owner, None)
+        self._drop_taken()
+
+    def drop_beyond(self, size: int) -> None:
+        """Drop the oldest passes, but never the last, until so many tokens are left."""
+        held = self.size
+        while held > size and len(self._passes) > 1:
+            held -= self._passes.pop(0).size
+
+    def _drop_taken(self) -> None:
+        self._passes = [one for one in self._passes if one.owners]

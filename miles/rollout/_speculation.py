@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miles.errors import EngineError, SettingError, ShapeError
+from miles.rollout._features import UntoldFeatures
 from miles.rollout._requests import Request
 from miles.rollout._routing import StepRouting
-from miles.rollout._sampling import draw
 from miles.rollout._step_costs import StepCosts, Stopwatch
 from miles.rollout.sample import Sample
 from miles.rollout.speculative.draft import Draft, Proposal
@@ -35,9 +35,9 @@ __all__ = ["Speculation", "StepController", "uniforms"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 by the golden ratio
 SUM_TOLERANCE = 1e-3
-NO_DRAWS = torch.empty(0)
 MAX_WAITING = 8192
-"""Tokens of all requests whose features are kept for the draft while it is not used."""
+"""Tokens of all requests whose features are kept for the draft while it is not used. Where older
+ones are gone, it begins anew after the gap."""
 
 
 class StepController(Protocol):
@@ -54,14 +54,20 @@ class StepController(Protocol):
 
 @dataclass
 class _State:
-    """What the draft knows of a request, and what it is still to be told."""
+    """What the draft knows of a request: the tokens `first` to `told`; `told` 0: none."""
 
-    start: int = 0
-    """Position of the last token that it was told; 0: of none."""
-    num_waiting: int = 0
-    """Tokens after it."""
-    features: list[Tensor] = field(default_factory=list)
-    """`[n, F]` each, in order: of all tokens from `start` on but the last."""
+    first: int = 0
+    told: int = 0
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a step computes with, on the device."""
+
+    draws_RU: Tensor
+    """float64 `[R, 2 K + 1]` in [0, 1), K the largest."""
+    temperatures_R: Tensor
+    """float64."""
 
 
 class Speculation:
@@ -88,9 +94,10 @@ class Speculation:
         self._memory, self._routing, self._controller = memory, routing, controller
         self._draft = draft.memory(num_slots=num_slots, max_context=max_context)
         self._states: dict[Request, _State] = {}
+        self._untold = UntoldFeatures() if draft.feature_layers else None
         self._max_context, self._max_steps = max_context, num_steps
         self._vocab_size = vocab_size
-        self._watch = Stopwatch(memory.device)
+        self._watch, self._begun = Stopwatch(memory.device), 0.0
         self.acceptance, self.costs = AcceptanceStats(), StepCosts()
         most = getattr(controller, "max_steps", 0)
         if most > num_steps:
@@ -107,57 +114,76 @@ class Speculation:
 
     def begin(self, groups: Sequence[Sequence[Request]]) -> None:
         """After a prefill, of which each group shares a row, and the first tokens."""
-        for row, group in enumerate(groups):
-            for request in group:
-                self._states[request] = _State()
-                self._settle(request, row, len(request.sample.tokens) - 1)
+        owners = {
+            request: (row, len(request.sample.tokens) - 1)
+            for row, group in enumerate(groups)
+            for request in group
+        }
+        self._states |= {request: _State() for request in owners}
+        self._settle(owners)
 
-    def step(self, requests: Sequence[Request], weight_version: int) -> None:
-        """One pass of the target, and the tokens that come of it, one to W for each request."""
-        begun, first = perf_counter(), self._watch.mark()
-        proposal, draws_RU = self._propose(requests)
+    def step(self, requests: Sequence[Request], weight_version: int) -> bool:
+        """One pass of the target over proposals, and the tokens that come of it, one to W for each
+        request. False: there are none, so the engine takes a plain step, and calls `decoded`."""
+        self._begun = perf_counter()
+        lengths = self._lengths(requests)
+        if not any(lengths):
+            return False
+        first = self._watch.mark()
+        proposed = self._propose(requests, lengths)
+        if proposed is None:
+            return False
+        proposal, inputs, usual = proposed
         last = self._watch.mark()
-        requests = [request for request in requests if not request.ended]
-        if not requests:
-            return
         samples = [request.sample for request in requests]
         logits_RWV, ids_RWMK = self._memory.verify(
             [request.slot for request in requests],
             [sample.tokens[-1] for sample in samples],
             [len(sample.tokens) - 1 for sample in samples],
             # What is outside fails below; here it must not take the device down.
-            None if proposal is None else proposal.tokens_RK.clamp(0, self._vocab_size - 1),
+            proposal.tokens_RK.clamp(0, self._vocab_size - 1),
         )
-        if proposal is None:
-            tokens, logprobs = _plain(requests, logits_RWV[:, 0])
-            lengths: Sequence[int] = [0] * len(requests)
-        else:
-            tokens, logprobs = self._verify(requests, proposal, logits_RWV, draws_RU)
-            lengths = proposal.lengths or ()
+        tokens, logprobs = self._verify(requests, proposal, logits_RWV, inputs)
         counts = self._keep(requests, tokens, logprobs, ids_RWMK, weight_version)
-        self._count(requests, lengths, [len(row) - 1 for row in tokens], counts)
-        if sum(state.num_waiting for state in self._states.values()) > MAX_WAITING:
-            self._extend([request for request in requests if not request.ended])
+        self._count(requests, proposal.lengths or (), [len(row) - 1 for row in tokens], counts)
         # A cost is of the whole step, as users see it; the device is done, since tokens are here.
-        seconds, batch = perf_counter() - begun, len(requests)
-        if proposal is None:
-            self.costs.add("decode", batch=batch, tokens=1, seconds=seconds)
-        else:
-            num_steps = proposal.tokens_RK.shape[1]
-            drafting = self._watch.seconds(first, last)
+        seconds, batch = perf_counter() - self._begun, len(requests)
+        num_steps = proposal.tokens_RK.shape[1]
+        drafting = self._watch.seconds(first, last)
+        if usual:
             self.costs.add("draft", batch=batch, tokens=num_steps, seconds=drafting)
-            self.costs.add("verify", batch=batch, tokens=num_steps + 1, seconds=seconds - drafting)
+        self.costs.add("verify", batch=batch, tokens=num_steps + 1, seconds=seconds - drafting)
+        return True
+
+    def decoded(self, requests: Sequence[Request]) -> None:
+        """The engine has taken a plain step, which these were in; nothing of the draft runs."""
+        self._settle({request: (row, 1) for row, request in enumerate(requests)})
+        if self._untold is not None:
+            self._untold.drop_beyond(MAX_WAITING)
+        num_tokens = sum(request.error is None for request in requests)
+        stats = AcceptanceStats(num_verify_steps=len(requests), num_tokens=num_tokens)
+        self.acceptance += stats
+        if self._controller is not None:
+            self._controller.observe(stats)
+        for request in requests:
+            assert request.speculative is not None
+            request.speculative["num_verify_steps"] += 1
+            request.speculative["num_tokens"] += request.error is None
+        seconds = perf_counter() - self._begun
+        self.costs.add("decode", batch=len(requests), tokens=1, seconds=seconds)
 
     def move(self, request: Request, target: int) -> None:
         """The request goes to a free slot."""
-        if self._states[request].start:
+        if self._states[request].told:
             with self._draft_of([request], "move"):
                 self._draft.move(request.slot, target)
 
     def free(self, request: Request) -> None:
         """The request has left its slot."""
         state = self._states.pop(request, None)
-        if state is not None and state.start:
+        if self._untold is not None:
+            self._untold.forget(request)
+        if state is not None and state.told:
             with self._draft_of([request], "free"):
                 self._draft.free(request.slot)
 
@@ -171,6 +197,8 @@ class Speculation:
                     f"the controller chose {chosen} draft steps; expected 0 to {self._max_steps}, "
                     "the engine's draft_steps"
                 )
+        if not chosen:
+            return []
         return [
             # The draft has no more room than the target.
             max(0, min(chosen, request.params.max_new_tokens - request.num_generated - 1))
@@ -179,29 +207,37 @@ class Speculation:
             for request in requests
         ]
 
-    def _draws(self, requests: Sequence[Request], salt: int = 0) -> Tensor:
-        """Float64 `[R, 2 K + 1]`, K the largest: for each proposal, for each verdict, and what the
-        target draws its own token with, as it does in a step without the draft."""
+    def _inputs(self, requests: Sequence[Request], salt: int = 0) -> _Inputs:
+        """Numbers of a step for the device, in one transfer."""
+        # For each proposal and for each verdict one, K the largest, and what the target draws its
+        # own token with: as it does in a step without the draft, unless that would tell of answers.
         draws_RU = uniforms(
             [request.draws.seed + salt * int(GOLDEN) for request in requests],
             [request.num_generated for request in requests],
             2 * self._max_steps + bool(salt),
         )
-        if salt:
-            return torch.from_numpy(draws_RU).to(self._memory.device)
-        own_R1 = [[request.draws[request.num_generated]] for request in requests]
-        return torch.from_numpy(np.hstack([draws_RU, own_R1])).to(self._memory.device)
+        columns = [draws_RU]
+        if not salt:
+            columns.append(np.array([[r.draws[r.num_generated]] for r in requests]))
+        columns.append(np.array([[request.params.temperature] for request in requests]))
+        packed = torch.from_numpy(np.hstack(columns))
+        if self._memory.device.type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(self._memory.device, non_blocking=True)
+        return _Inputs(packed[:, :-1], packed[:, -1])
 
-    def _propose(self, requests: Sequence[Request]) -> tuple[Proposal | None, Tensor]:
-        """For all requests, with a length for each, and the draws; None: nothing to verify."""
-        lengths = self._lengths(requests)
+    def _propose(
+        self, requests: Sequence[Request], lengths: list[int]
+    ) -> tuple[Proposal, _Inputs, bool] | None:
+        """For all requests, with a length for each; what the step computes with; whether the draft
+        was told no more than steps with it leave. None: nothing to verify."""
         asked = [row for row, length in enumerate(lengths) if length]
         ours = [requests[row] for row in asked]
-        self._extend(ours)
-        if not ours or any(request.ended for request in ours):
-            return None, NO_DRAWS
-        proposal, num_steps, draws_RU = None, max(lengths), self._draws(requests)
-        draws_RK = draws_RU[:, :num_steps]
+        usual = self._extend(ours)
+        if any(request.ended for request in ours):
+            return None
+        proposal, num_steps, inputs = None, max(lengths), self._inputs(requests)
+        draws_RK = inputs.draws_RU[:, :num_steps]
         with self._draft_of(ours, "propose"):
             proposal = self._draft.propose(
                 [request.slot for request in ours],
@@ -214,33 +250,36 @@ class Speculation:
                 for row, length in zip(asked, proposal.lengths, strict=True):
                     lengths[row] = min(lengths[row], length)
             if proposal.salt:
-                draws_RU = self._draws(requests, proposal.salt)
+                inputs = self._inputs(requests, proposal.salt)
             proposal = _spread(proposal, asked, lengths, self._memory.device)
-        if any(request.ended for request in ours):
-            return None, NO_DRAWS
-        return proposal, draws_RU
+        if proposal is None or any(request.ended for request in ours):
+            return None
+        return proposal, inputs, usual
 
     def _verify(
         self,
         requests: Sequence[Request],
         proposal: Proposal,
         logits_RWV: Tensor,
-        draws_RU: Tensor,
+        inputs: _Inputs,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """What comes of each request: its accepted tokens and one more, with their log-probs."""
-        num_steps = proposal.tokens_RK.shape[1]
+        num_steps, draws_RU = proposal.tokens_RK.shape[1], inputs.draws_RU
         last = self._max_steps + num_steps
         verdicts_RU = torch.cat([draws_RU[:, self._max_steps : last], draws_RU[:, -1:]], dim=1)
+        lengths_R = torch.tensor(proposal.lengths)
+        if verdicts_RU.is_cuda:
+            lengths_R = lengths_R.pin_memory().to(verdicts_RU.device, non_blocking=True)
         verified = verify_chain(
             logits_RWV,
             proposal.tokens_RK,
             proposal.probs_RKV,
-            temperatures_R=[request.params.temperature for request in requests],
+            temperatures_R=inputs.temperatures_R,
             uniforms_RU=verdicts_RU,
-            lengths_R=proposal.lengths,
+            lengths_R=lengths_R,
             check=False,  # what can be wrong is looked at when the device is done with it
         )
-        heads_R2 = torch.stack([verified.num_tokens_R, self._wrong(proposal)], dim=1)
+        heads_R2 = torch.stack([verified.num_tokens_R, self._wrong(proposal, lengths_R)], dim=1)
         parts = (heads_R2, verified.tokens_RK, verified.logprobs_RK)
         # One transfer; integers are exact in float64.
         host = torch.cat([part.double() for part in parts], dim=1).tolist()
@@ -280,10 +319,11 @@ class Speculation:
             counts.append(len(request.sample.tokens) - before)
             # A token is processed in the pass after its own, so the last one was not.
             request.step_routing += [rows[row] for rows in noted[: counts[-1]]]
-            self._settle(request, row, counts[-1])
+        rows = zip(requests, enumerate(counts), strict=True)
+        self._settle({request: (row, count) for request, (row, count) in rows if count})
         return counts
 
-    def _wrong(self, proposal: Proposal) -> Tensor:
+    def _wrong(self, proposal: Proposal, lengths_R: Tensor) -> Tensor:
         """bool `[R]`: rows that the draft cannot have drawn as it says."""
         tokens_RK = proposal.tokens_RK
         known_RK = tokens_RK.clamp(0, self._vocab_size - 1)
@@ -292,39 +332,34 @@ class Speculation:
             chosen_RK = proposal.probs_RKV.gather(-1, known_RK[..., None])[..., 0]
             right_RK &= (proposal.probs_RKV.sum(-1) - 1).abs() < SUM_TOLERANCE
             right_RK &= chosen_RK > 0
-        lengths_R1 = torch.tensor(proposal.lengths, device=tokens_RK.device)[:, None]
-        used_RK = torch.arange(tokens_RK.shape[1], device=tokens_RK.device) < lengths_R1
+        used_RK = torch.arange(tokens_RK.shape[1], device=tokens_RK.device) < lengths_R[:, None]
         return (used_RK & ~right_RK).any(1)
 
-    def _settle(self, request: Request, row: int, count: int) -> None:
-        """Keep, for the draft, what the target's last pass had in `row` for `count` tokens.
+    def _settle(self, owners: Mapping[Request, tuple[int, int]]) -> None:
+        """Keep, for the draft, what the target's last pass had in a row for some first tokens.
 
         The draft gets it when it is asked next: a step without it then costs nothing of it.
         """
-        state, features = self._states[request], self._memory.features
-        state.num_waiting += count
-        if features is not None:
-            state.features.append(features[row, :count])
+        if self._untold is not None:
+            assert self._memory.features is not None
+            self._untold.add(self._memory.features, owners)
 
-    def _extend(self, requests: Sequence[Request]) -> None:
-        """Tell the draft what was settled since it was last told."""
-        requests = [request for request in requests if self._states[request].num_waiting]
-        if not requests:
-            return
+    def _extend(self, requests: Sequence[Request]) -> bool:
+        """Tell the draft what was settled since it was last told; whether that was little."""
         states = [self._states[request] for request in requests]
-        tokens = [
-            request.sample.tokens[state.start :]
-            for request, state in zip(requests, states, strict=True)
-        ]
-        starts = [state.start for state in states]
-        features = None
-        if self._memory.features is not None:
-            features = [torch.cat(state.features) for state in states]
-        for request, state in zip(requests, states, strict=True):
-            state.start, state.num_waiting = len(request.sample.tokens) - 1, 0
-            state.features = []
+        tokens, starts = [], []
+        features = None if self._untold is None else self._untold.take(requests)
+        for index, (request, state) in enumerate(zip(requests, states, strict=True)):
+            all_tokens = request.sample.tokens
+            last = len(all_tokens) - 1
+            if features is not None and len(features[index]) < last - state.told:
+                state.first = state.told = last - len(features[index])
+            tokens.append(all_tokens[state.told :])
+            starts.append(state.told - state.first)
+            state.told = last
         with self._draft_of(requests, "extend"):
             self._draft.extend([request.slot for request in requests], tokens, starts, features)
+        return max(map(len, tokens)) <= 2 * (self._max_steps + 1)
 
     def _count(
         self,
@@ -358,18 +393,6 @@ class Speculation:
                     request.fail(
                         EngineError(f"the draft ({self._name}) failed to {what}:\n{failure}")
                     )
-
-
-def _plain(
-    requests: Sequence[Request], logits_RV: Tensor
-) -> tuple[list[list[int]], list[list[float]]]:
-    """One token for each request, as without a draft."""
-    tokens, logprobs = draw(
-        logits_RV,
-        [request.params.temperature for request in requests],
-        [request.draws[request.num_generated] for request in requests],
-    )
-    return [[token] for token in tokens], [[logprob] for logprob in logprobs]
 
 
 def _check_shapes(proposal: Proposal, expected: tuple[int, int, int]) -> None:

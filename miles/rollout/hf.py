@@ -363,8 +363,11 @@ class HFEngine:
             return
         self._compact()
         if self._speculation is not None:
-            self._speculation.step(running, self._version)
-            return
+            if self._speculation.step(running, self._version):
+                return
+            running = [r for r in running if not r.ended]  # a draft may fail
+            if not running:
+                return
         tokens = [r.sample.tokens[-1] for r in running]
         positions = [len(r.sample.tokens) - 1 for r in running]
         logits_RV, ids_RMK = self._memory.decode([r.slot for r in running], tokens, positions)
@@ -373,6 +376,8 @@ class HFEngine:
             for request, row in zip(running, rows, strict=True):
                 request.step_routing.append(row)
         self._sample(running, logits_RV)
+        if self._speculation is not None:
+            self._speculation.decoded(running)
 
     def _admit(self) -> None:
         prompts: dict[tuple[int, ...], list[Request]] = {}

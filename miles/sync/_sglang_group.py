@@ -69,8 +69,8 @@ class Group:
                     call.result()
                 raise SyncError(
                     f"a broadcast took more than {self._timeout:g} s; is every server up, does "
-                    "NCCL find a way to it, and is NCCL_CUMEM_ENABLE the same on both sides (SGLang "
-                    "sets 0 where its environment has none)?"
+                    "NCCL find a way to it, and is NCCL_CUMEM_ENABLE the same on both sides? (A "
+                    "server whose environment has none sets 0.)"
                 )
             time.sleep(0.0005)
 

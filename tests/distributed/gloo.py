@@ -9,10 +9,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOAD = [
+    "pytest",
+    "hypothesis",
+    "torch",
+    "torch._dynamo",  # the first optimizer imports it
+    "torch.distributed.fsdp",
+    "miles.losses",
+    "miles.sync",
+    "tests.models",
+    "tests.presets",
+]
+"""Imported once by the server that ranks are forked from; a superset of what tests.sync names."""
+
 
 def run(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
     """`worker(*args)` on every rank of the default group; results in the order of ranks."""
-    mp.spawn(_rank, (worker, world_size, folder, args), nprocs=world_size)
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    ranks = (worker, world_size, folder, args)
+    mp.start_processes(_rank, ranks, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 

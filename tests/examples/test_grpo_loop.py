@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 LOOP = Path(__file__).parents[2] / "examples" / "grpo_loop.py"
 SMALL = {
@@ -17,14 +19,14 @@ SMALL = {
     "micro-batch-size": 16, "num-epochs": 2, "max-batch": 16, "warmup-steps": 12,
     "num-held-out": 16, "eval-every": 2, "checkpoint-every": 2,
 }  # fmt: skip
+SETTINGS = [f"--{key}={value}" for key, value in SMALL.items()]
 
 
 class Loop:
     """One run of the script in a process of its own."""
 
     def __init__(self, out: Path, *flags: str) -> None:
-        settings = [f"--{key}={value}" for key, value in SMALL.items()]
-        command = [sys.executable, str(LOOP), f"--out={out}", *settings, *flags]
+        command = [sys.executable, str(LOOP), f"--out={out}", *SETTINGS, *flags]
         self.out = out
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -105,20 +107,34 @@ def is_engine(pid: int) -> bool:
     return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
 
 
-def test_switches_run_in_process(tmp_path):
-    loop = Loop(tmp_path / "run", "--no-r3", "--no-tis", "--no-engine-process", "--num-steps=2")
-    loop.finish()
-    assert "correction/kept" not in rows(loop.out)[0] and len(rows(loop.out)) == 2
+@pytest.fixture
+def script(monkeypatch):
+    """The script in this process, which has done its imports: for what needs none of its own."""
+
+    def run(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(LOOP), *flags])
+        runpy.run_path(str(LOOP), run_name="__main__")
+
+    monkeypatch.syspath_prepend(LOOP.parent)
+    num_threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(num_threads)
 
 
-def test_resume_without_a_checkpoint_says_so(tmp_path):
-    loop = Loop(tmp_path / "nothing", "--resume")
-    text, _ = loop.process.communicate(timeout=100)
-    assert loop.process.returncode != 0 and "holds no checkpoint" in text
+def test_switches_run_in_process(tmp_path, script):
+    flags = ["--no-r3", "--no-tis", "--no-engine-process", "--num-steps=2"]
+    script(f"--out={tmp_path}", *SETTINGS, *flags)
+    assert "correction/kept" not in rows(tmp_path)[0] and len(rows(tmp_path)) == 2
 
 
-def test_help_is_readable():
-    text = subprocess.run(
-        [sys.executable, str(LOOP), "--help"], capture_output=True, text=True, check=True
-    ).stdout
+def test_resume_without_a_checkpoint_says_so(tmp_path, script):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        script(f"--out={tmp_path / 'nothing'}", *SETTINGS, "--resume")
+
+
+def test_help_is_readable(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script("--help")
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
     assert "Replay the engine's expert choices" in text and "--no-r3" in text

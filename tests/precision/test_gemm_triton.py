@@ -1,10 +1,6 @@
 """The Triton GEMMs: values under the interpreter, and the code that they become for each GPU."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +11,14 @@ from miles.precision import _gemm
 pytest.importorskip("triton")
 from miles.precision import _gemm_triton
 
-ROOT = Path(__file__).parents[2]
 INSTRUCTION = {80: "m16n8k16", 89: "m16n8k32", 90: r"m64n\d+k32"}
 """Of the products of each compute capability; its k is how far a sum goes at once."""
 
 
 @pytest.mark.parametrize("part", ["sizes", "layouts", "codes", "experts", "linear"])
-def test_the_kernels_under_the_interpreter_have_the_sums_of_the_reference(part):
-    command = [sys.executable, "-m", "tests.precision.interpreted_kernels", f"gemm_{part}"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_kernels_under_the_interpreter_have_the_sums_of_the_reference(interpreted, part):
+    error = interpreted(f"gemm_{part}")
+    assert not error, error
 
 
 # --- the same bits for a row in any company

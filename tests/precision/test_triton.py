@@ -1,10 +1,5 @@
 """Triton kernels under the interpreter, against the plain reference, bit for bit."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,16 +8,11 @@ from miles.precision import MXFP8, NVFP4, BlockFP8, Int4, fake_quantize, quantiz
 from miles.precision.quantize import _encode, _fake, quantize_pair
 from tests.precision.data import KINDS, broken, same_bits, tensor
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.parametrize("part", ["fp8", "pairs", "layouts", "int4", "broken"])
-def test_the_kernels_under_the_interpreter_have_the_bits_of_the_reference(part):
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "tests.precision.interpreted_kernels", part]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_kernels_under_the_interpreter_have_the_bits_of_the_reference(interpreted, part):
+    error = interpreted(part)
+    assert not error, error
 
 
 # --- pairs and transposes, on the reference

@@ -56,7 +56,6 @@ class ScriptedMemory:
         assert len(set(slots)) == len(slots) and all(0 <= s < self.num_slots for s in slots)
         for index, (slot, run, start) in enumerate(zip(slots, tokens, starts, strict=True)):
             if start == 0:
-                assert slot not in self.tokens
                 self.tokens[slot], self.features[slot] = [run[0]], []
             held = self.tokens[slot]
             assert start == len(held) - 1 and run[0] == held[-1] and len(run) > 1

@@ -1,5 +1,6 @@
 """The embedded engine with a draft: the same answers, log-probs and routing, in fewer passes."""
 
+import asyncio
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from miles.losses import token_logprobs
 from miles.moe import RoutingReplay
 from miles.rollout import HFEngine, Sample, Status, _speculation
 from miles.rollout._speculation import uniforms
+from miles.rollout.speculative import Eagle3Draft
 from miles.rollout.speculative.draft import FINAL
 from tests.models import VOCAB, generate_all, params, serving, tiny, token_batch
 from tests.rollout.drafts import ScriptedDraft, half_right_rows, oracle_rows, random_rows
@@ -230,27 +232,99 @@ def test_a_draft_without_features_is_given_none():
 
 
 @kinds
-def test_a_step_without_the_draft_samples_as_an_engine_without_one(name):
-    draft = ScriptedDraft(random_rows())
-    wanted = [params(12, seed=i) for i in range(len(PROMPTS))]
-    with serving(name, draft=draft, controller=Steps(0)) as engine, serving(name) as plain:
-        got, expected = (generate_all(e, PROMPTS, wanted) for e in (engine, plain))
+def test_a_draft_that_is_off_is_not_called_and_answers_have_the_bits_of_an_engine_without_one(name):
+    """Requests come while it is off, move, and leave."""
+    draft = ScriptedDraft(random_rows(), feature_layers=(0, FINAL))
+    prompts = [*PROMPTS, PROMPTS[1]]
+    wanted = [params(6 + 5 * (i % 3), seed=i, temperature=i % 2) for i in range(len(prompts))]
+    sizes = {"max_batch": 4, "row_tile": 1}
+    with (
+        serving(name, draft=draft, controller=Steps(0), **sizes) as engine,
+        serving(name, **sizes) as plain,
+    ):
+        results = []
+        for one in (engine, plain):  # with the same company in each step
+            asyncio.run(one.pause())
+            futures = [one.submit(p, w) for p, w in zip(prompts, wanted, strict=True)]
+            asyncio.run(one.resume())
+            results.append([future.result(60) for future in futures])
+        got, expected = results
         stats = engine.acceptance()
     assert [s.tokens for s in got] == [s.tokens for s in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        start = ours.num_prompt_tokens
+        assert ours.rollout_logprobs[start:] == theirs.rollout_logprobs[start:]
     assert [s.routing for s in got] == [s.routing for s in expected]
-    assert stats.num_verify_steps == stats.num_tokens == 11 * 5 and not stats.proposed
+    assert [s.spans for s in got] == [s.spans for s in expected]
+    assert stats.num_verify_steps == stats.num_tokens and not stats.proposed
+    assert stats.num_tokens == sum(len(s.response_tokens) - 1 for s in got)
+    for sample in got:
+        counts = sample.metadata["speculative"]
+        assert counts["num_verify_steps"] == counts["num_tokens"] == len(sample.response_tokens) - 1
     assert draft.used.calls == []  # it was never asked, so it was never told
 
 
-def test_what_waits_for_a_draft_that_is_not_used_is_bounded(monkeypatch):
-    monkeypatch.setattr(_speculation, "MAX_WAITING", 20)
-    draft = ScriptedDraft(random_rows(), feature_layers=(0,))
-    with serving("llama", draft=draft, controller=Steps(0)) as engine:
-        generate_all(engine, [[5] * 9, [6]], [params(40), params(30)])
-    lengths = [len(tokens) for tokens, _ in draft.used.ended]
-    assert {what for what, _ in draft.used.calls} == {"extend", "free"}
-    assert len(lengths) == 2 and 49 - 20 <= max(lengths) < 49
-    assert len([1 for what, _ in draft.used.calls if what == "extend"]) <= 5
+@kinds
+@pytest.mark.parametrize("most", [8192, 12])
+def test_a_draft_that_is_on_again_knows_all_or_begins_anew_after_a_gap(name, most, monkeypatch):
+    """Of what was kept of three requests, of which one came while it was off."""
+    monkeypatch.setattr(_speculation, "MAX_WAITING", most)
+    model = tiny(name)
+    draft = ScriptedDraft(half_right_rows(tiny(name)), feature_layers=(1, 0, FINAL))
+    steps = Steps(2, *[0] * 20, 2, 1)
+    sizes: list[int] = []
+    with serving(model, max_batch=2, draft=draft, controller=steps) as engine:
+        observe = steps.observe
+        steps.observe = lambda stats: (
+            sizes.append(engine._speculation._untold.size),
+            observe(stats),
+        )
+        samples = generate_all(engine, [[5] * 9, [6], [7, 8]], [params(40), params(17), params(38)])
+    for sample in samples:
+        assert_teacher_forced(model, sample)
+    if most == 12:
+        assert max(sizes[3:18]) <= 12
+    told = {tuple(tokens[-6:]): (tokens, features) for tokens, features in draft.used.ended}
+    gaps = 0
+    for sample in samples:
+        # What it was told last of: all of the answer, but what the last step settled.
+        ends = [n for n in range(len(sample.tokens) + 1) if tuple(sample.tokens[:n][-6:]) in told]
+        for end in ends:
+            tokens, features = told[tuple(sample.tokens[:end][-6:])]
+            assert sample.tokens[end - len(tokens) : end] == tokens
+            expected = torch.cat(hidden_states(tiny(name), sample.tokens), -1)
+            kept = expected[end - len(tokens) : end - 1]
+            torch.testing.assert_close(features[-len(kept) :], kept, rtol=0, atol=ROUNDING)
+            gaps += len(tokens) < end
+    assert gaps == 0 if most == 8192 else gaps > 0
+
+
+def test_a_draft_that_is_on_again_proposes_what_one_that_was_always_on_proposes():
+    """Greedy answers are the same whatever the draft, so places can be compared."""
+    model = tiny("llama")
+    torch.manual_seed(3)
+    draft = Eagle3Draft.from_target(model)
+    proposed: list[dict[tuple[int, ...], int]] = []
+    for numbers in ([1], [0] * 25 + [1] * 40):
+        with serving(model, max_batch=2, draft=draft, controller=Steps(*numbers)) as engine:
+            memory, seen = engine._speculation._draft, {}
+            propose = memory.propose
+
+            def noted(slots, propose=propose, engine=engine, seen=seen, **settings):
+                proposal = propose(slots, **settings)
+                for row, slot in enumerate(slots):
+                    tokens = tuple(engine._active[slot].sample.tokens)
+                    seen[tokens] = int(proposal.tokens_RK[row, 0])
+                return proposal
+
+            memory.propose = noted
+            wanted = [params(45, temperature=0.0), params(45, temperature=0.0)]
+            generate_all(engine, [PROMPTS[1], PROMPTS[2]], wanted)
+        proposed.append(seen)
+    always, again = proposed
+    common = always.keys() & again.keys()
+    assert len(common) >= 25 and all(always[tokens] == again[tokens] for tokens in common)
+    assert min(map(len, again)) > 25 and len(set(again.values())) > 5
 
 
 @kinds

@@ -25,7 +25,8 @@ Mode = Literal["greedy", "sampled", "mixed"]
 Step = Callable[[int, int, int], Outputs]
 
 KEY_TILE, GRAPH_KEY_TILE = 64, 256
-GRAPH_ROW_TILE = 4
+GRAPH_ROW_TILE = 16
+"""As of the engine's steps: each shape is captured, at its second time."""
 GRAPH_WIDTH = 16
 """Rows of a slot up to which a call is worth a graph: what a step of the target settles."""
 
@@ -86,16 +87,22 @@ class DraftSteps:
     ) -> None:
         """Process rows from the next place of each slot on; `places` are those of every slot."""
         width = max(map(len, tokens))
+        if self._graphed and width <= GRAPH_WIDTH:
+            width = 1 << (width - 1).bit_length()  # fewer shapes; what is beyond is padding
         every, in_order = self._padded(slots)
         rows = len(every)
         num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
         num_keys = self._reserve(num_keys)
-        numbers = torch.zeros((3 + width, rows), dtype=torch.int64)
-        numbers[0] = torch.tensor(every)
-        numbers[1] = torch.tensor([places[slot] if slot < len(places) else 0 for slot in every])
-        for row, new in enumerate(tokens):
-            numbers[2, row] = len(new)
-            numbers[3 : 3 + len(new), row] = torch.tensor(new)
+        padding = [()] * (rows - len(tokens))
+        filled = [[*new, *[0] * (width - len(new))] for new in (*tokens, *padding)]
+        numbers = torch.tensor(
+            [
+                every,
+                [places[slot] if slot < len(places) else 0 for slot in every],
+                [len(new) for new in (*tokens, *padding)],
+                *zip(*filled, strict=True),
+            ]
+        )
         if not self._graphed or width > GRAPH_WIDTH:
             features_RMF = None
             if features is not None:
@@ -308,9 +315,8 @@ def _spread(
     features: Sequence[Tensor], held_TF: Tensor, width: int, upload: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """`[R, M, F]` in `held`, with zeros where there is none; three launches."""
-    places = [
-        row * width + place for row, given in enumerate(features) for place in range(len(given))
-    ]
+    rows = [range(row * width, row * width + len(given)) for row, given in enumerate(features)]
+    places = list(chain.from_iterable(rows))
     given_TF = torch.cat([given.to(held_TF.device, held_TF.dtype) for given in features])
     held_TF.zero_().index_copy_(0, upload(torch.tensor(places)), given_TF)
     return held_TF.view(-1, width, held_TF.shape[1])

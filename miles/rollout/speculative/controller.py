@@ -17,6 +17,9 @@ __all__ = ["CostModel", "CostSample", "DraftController", "Simulation", "simulate
 
 PRIOR_ROWS = 8.0
 """How many rows a guess of a position's acceptance counts as."""
+TRIAL = 3.0
+"""What a trial is taken to cost, in terms of what such a step costs more than a plain one: before
+it, the draft has to be told of all the tokens of the plain steps."""
 
 
 class DraftController:
@@ -24,11 +27,13 @@ class DraftController:
 
     `choose` before a step, `observe` after it. Acceptance is kept for each position, over rows,
     with older ones fading; a position that was not tried yet is taken to be like the one before it.
-    The choice is the number with the largest predicted speedup, 0 (plain decoding) if none is above
-    1. What runs is left only for what is better by `margin`, or when it falls below 1, so that the
-    choice does not flicker. While it is 0, single draft tokens are tried now and then to see
-    whether the draft has recovered; they may cost at most `exploration` of the time even if each is
-    refused, and are the only steps that may be predicted to lose.
+    The choice is the number with the largest predicted speedup, 0 (plain decoding) unless that is
+    above 1 by `margin`. What runs is left only for what is better by `margin`, so that the choice
+    does not flicker, or when it no longer is above 1 by half of that: predictions err, and what is
+    predicted to gain next to nothing may lose. While it is 0, single draft tokens are tried now and
+    then to see whether the draft has recovered; they may cost at most `exploration` of the time
+    even if each is refused, what the draft has to be told before counted in, and are the only steps
+    that may be predicted to lose.
 
     Whether the draft should learn is told by slower rates: the draft tokens that are kept a step,
     over the positions that were measured, against those of the best rates so far.
@@ -36,7 +41,7 @@ class DraftController:
     Args:
         cost: what steps cost; may be replaced at any time (`controller.cost = ...`).
         max_steps: most draft tokens of a step.
-        margin: how much better another number has to be.
+        margin: how much better another number has to be, and any number than plain decoding.
         exploration: share of the time for trials while drafts are off; 0: never again on, unless
             the batch changes.
         halflife: rows after which an observation counts half in the choice.
@@ -122,7 +127,7 @@ class DraftController:
         if self._current or not self._exploration:
             return self._current
         decode = self.cost.t_decode(batch)
-        at_worst = self.cost.t_step(batch, 1) - decode
+        at_worst = TRIAL * (self.cost.t_step(batch, 1) - decode)
         self._credit += self._exploration * decode
         if self._credit < at_worst:
             return 0
@@ -250,9 +255,9 @@ def _speedups(cost: CostModel, batch: int, acceptance: Sequence[float]) -> tuple
 
 def _decide(speedups: Sequence[float], current: int, margin: float) -> int:
     best = max(range(len(speedups)), key=speedups.__getitem__)  # the fewest among equals
-    if speedups[current] < 1 or speedups[best] > speedups[current] * (1 + margin):
-        return best
-    return current
+    if current and speedups[current] <= 1 + margin / 2:
+        current = 0
+    return best if speedups[best] > speedups[current] * (1 + margin) else current
 
 
 @dataclass(frozen=True, kw_only=True)

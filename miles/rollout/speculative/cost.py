@@ -6,7 +6,7 @@ Shapes: M measured steps, C terms of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Literal
@@ -20,6 +20,10 @@ __all__ = ["CostModel", "CostSample"]
 
 Kind = Literal["decode", "verify", "draft"]
 KINDS = ("decode", "verify", "draft")
+ROUNDS = 8
+MAD = 1.4826  # of a normal distribution, its deviation over the median of absolute errors
+NO_OUTLIER = 5e-3
+"""Relative error up to which no sample is far off, however well others are explained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +56,15 @@ class CostModel:
 
     A pass of the target over `batch` rows of `tokens` each takes
 
-        floor + per_row * batch + per_token * max(0, batch * tokens - knee)  [+ per_verify]
+        floor + per_row * batch + per_token * max(0, batch * tokens - knee)
+            [+ per_verify + per_verify_row * batch]
 
     `floor` is the weights read once and the launches; `per_row` a row's keys and values, read once
-    however many tokens it has; beyond `knee` tokens the arithmetic takes longest. `per_verify` is
-    what a pass over several tokens costs more than a plain step (other kernels, no CUDA graph). A
-    step of the draft takes `draft_floor + draft_per_row * batch`. Contexts longer than those that
-    were measured make rows dearer: measure at the lengths you run.
+    however many tokens it has; beyond `knee` tokens the arithmetic takes longest. What stands in
+    brackets is what a pass over several tokens costs more than a plain step, judging them for one.
+    A step of the draft takes `draft_floor + draft_per_row * batch`, and before the first of them
+    the draft is told what the target has settled, `per_draft + per_draft_row * batch`. Contexts
+    longer than those that were measured make rows dearer: measure at the lengths you run.
 
     Example:
         >>> from miles.rollout.speculative import CostModel
@@ -83,6 +89,12 @@ class CostModel:
     """Seconds of a step of the draft over next to nothing."""
     draft_per_row: float = 0.0
     """Seconds a row of a step of the draft."""
+    per_verify_row: float = 0.0
+    """Seconds more a row where rows have several tokens."""
+    per_draft: float = 0.0
+    """Seconds before the draft's steps, however many."""
+    per_draft_row: float = 0.0
+    """Seconds a row before the draft's steps."""
 
     def __post_init__(self) -> None:
         values = asdict(self)
@@ -99,7 +111,8 @@ class CostModel:
 
     def t_verify(self, batch: int, tokens: int) -> float:
         """Seconds of a pass over `tokens` = K + 1 tokens a row."""
-        return self._pass(batch, tokens) + (self.per_verify if tokens > 1 else 0.0)
+        extra = self.per_verify + self.per_verify_row * batch if tokens > 1 else 0.0
+        return self._pass(batch, tokens) + extra
 
     def t_draft(self, batch: int) -> float:
         """Seconds of one step of the draft."""
@@ -107,7 +120,10 @@ class CostModel:
 
     def t_step(self, batch: int, num_steps: int) -> float:
         """Seconds of a step with `num_steps` draft tokens, the draft's part too."""
-        return self.t_verify(batch, num_steps + 1) + num_steps * self.t_draft(batch)
+        drafting = num_steps * self.t_draft(batch)
+        if num_steps:
+            drafting += self.per_draft + self.per_draft_row * batch
+        return self.t_verify(batch, num_steps + 1) + drafting
 
     def speedup(self, batch: int, acceptance: Sequence[float]) -> float:
         """Tokens a second with as many draft tokens as rates, against plain decoding.
@@ -122,7 +138,7 @@ class CostModel:
 
     @classmethod
     def fit(cls, samples: Sequence[CostSample]) -> CostModel:
-        """Least squares of the relative error, no term below 0.
+        """Least squares of the relative error, no term below 0; samples far off count little.
 
         For every knee among the measured numbers of tokens the other terms follow from a linear
         problem; the best knee wins. Batches on both sides of the knee are needed to see it: with
@@ -130,7 +146,8 @@ class CostModel:
 
         Args:
             samples: measured steps; several of each kind, over the batches and lengths that you
-                run. Repeat each and pass medians where times jitter.
+                run. Repeat each and pass medians where times jitter. A sample whose error is more
+                than twice the usual weighs as much less (Huber's estimator).
 
         Raises:
             EmptyBatchError: no sample of one of the three kinds.
@@ -156,23 +173,28 @@ class CostModel:
             )
         passes = [s for s in samples if s.kind != "draft"]
         drafts = [s for s in samples if s.kind == "draft"]
-        times_M = torch.tensor([s.seconds for s in passes], dtype=torch.float64)
-        best: tuple[float, list[float]] = (math.inf, [])
-        for candidate in sorted({0, *(s.batch * s.tokens for s in passes)}):
-            terms = [
-                [1, s.batch, max(0, s.batch * s.tokens - candidate), s.tokens > 1] for s in passes
+        knees = sorted({0, *(s.batch * s.tokens for s in passes)})
+        terms = {
+            float(knee): [
+                [
+                    1,
+                    s.batch,
+                    max(0, s.batch * s.tokens - knee),
+                    more := s.tokens > 1,
+                    more * s.batch,
+                ]
+                for s in passes
             ]
-            found = _least_squares(torch.tensor(terms, dtype=torch.float64), times_M)
-            # Rounding must not prefer one of two knees that explain the same.
-            if found[0] < best[0] * (1 - 1e-9) - 1e-18:
-                best = (found[0], [*found[1], float(candidate)])
-        floor, per_row, per_token, per_verify, knee = best[1]
-        terms_MC = torch.tensor([[s.tokens, s.tokens * s.batch] for s in drafts]).double()
-        times_M = torch.tensor([s.seconds for s in drafts], dtype=torch.float64)
-        _, (draft_floor, draft_per_row) = _least_squares(terms_MC, times_M)
+            for knee in knees
+        }
+        knee, (floor, per_row, per_token, per_verify, per_verify_row) = _robust(terms, passes)
+        # Where lengths do not differ, all is the steps': fewer terms, and earlier ones, win.
+        terms = {0.0: [[s.tokens, s.tokens * s.batch, 1, s.batch] for s in drafts]}
+        _, (draft_floor, draft_per_row, per_draft, per_draft_row) = _robust(terms, drafts)
         return cls(
             floor=floor, per_row=per_row, per_token=per_token, knee=knee, per_verify=per_verify,
-            draft_floor=draft_floor, draft_per_row=draft_per_row,
+            draft_floor=draft_floor, draft_per_row=draft_per_row, per_verify_row=per_verify_row,
+            per_draft=per_draft, per_draft_row=per_draft_row,
         )  # fmt: skip
 
     def _pass(self, batch: int, tokens: int) -> float:
@@ -204,11 +226,36 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
     return total
 
 
-def _least_squares(terms_MC: Tensor, times_M: Tensor) -> tuple[float, list[float]]:
-    """Squared relative error and coefficients, none negative: the best set of terms, by trying."""
-    num_terms = terms_MC.shape[1]
-    weighted_MC = terms_MC / times_M[:, None]
-    ones_M = torch.ones_like(times_M)
+def _robust(
+    terms: Mapping[float, Sequence[Sequence[float]]], samples: Sequence[CostSample]
+) -> tuple[float, list[float]]:
+    """Which of the terms `[M, C]` explain the times best, with the coefficients."""
+    times_M1 = torch.tensor([[s.seconds] for s in samples], dtype=torch.float64)
+    relative = {
+        key: torch.tensor(rows, dtype=torch.float64) / times_M1 for key, rows in terms.items()
+    }
+    weights_M = torch.ones(len(samples), dtype=torch.float64)
+    best: tuple[float, float, list[float]] = (math.inf, 0.0, [])
+    for _ in range(ROUNDS):
+        best = (math.inf, 0.0, [])
+        for key, terms_MC in relative.items():
+            error, found = _least_squares(terms_MC, weights_M)
+            # Rounding must not prefer one of two knees that explain the same.
+            if error < best[0] * (1 - 1e-9) - 1e-18:
+                best = (error, key, found)
+        _, key, found = best
+        errors_M = (relative[key] @ torch.tensor(found, dtype=torch.float64) - 1).abs()
+        usual = max(MAD * float(errors_M.median()), NO_OUTLIER)
+        weights_M = (2 * usual / errors_M.clamp(min=usual)).clamp(max=1)
+    return best[1], best[2]
+
+
+def _least_squares(relative_MC: Tensor, weights_M: Tensor) -> tuple[float, list[float]]:
+    """Weighted squared error against 1, and coefficients, none negative: the best set of terms, by
+    trying."""
+    num_terms = relative_MC.shape[1]
+    ones_M = weights_M.sqrt()
+    weighted_MC = relative_MC * ones_M[:, None]
     scale_C = weighted_MC.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
     best: tuple[float, list[float]] = (math.inf, [])
     for size in range(1, num_terms + 1):
@@ -216,7 +263,7 @@ def _least_squares(terms_MC: Tensor, times_M: Tensor) -> tuple[float, list[float
             columns = list(chosen)
             part_MC = weighted_MC[:, columns] / scale_C[columns]
             part_C = torch.linalg.lstsq(part_MC, ones_M[:, None], driver="gelsd").solution[:, 0]
-            error = float((part_MC @ part_C - 1).square().sum())
+            error = float((part_MC @ part_C - ones_M).square().sum())
             if (part_C >= 0).all() and error < best[0] * (1 - 1e-9) - 1e-18:
                 found = dict(zip(columns, (part_C / scale_C[columns]).tolist(), strict=True))
                 best = (error, [found.get(c, 0.0) for c in range(num_terms)])

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -23,13 +24,15 @@ from miles.rollout.speculative.cost import expected_tokens
 
 COST = CostModel(
     floor=8e-3, per_row=2e-5, per_token=1e-4, knee=64,
-    per_verify=5e-4, draft_floor=8e-4, draft_per_row=1e-5,
+    per_verify=5e-4, draft_floor=8e-4, draft_per_row=1e-5, per_verify_row=3e-6, per_draft=4e-4,
+    per_draft_row=5e-6,
 )  # fmt: skip
 rates = st.lists(st.floats(0, 1), max_size=5)
 costs = st.builds(
     CostModel, floor=st.floats(1e-4, 0.1), per_row=st.floats(0, 1e-3), per_token=st.floats(0, 1e-3),
     knee=st.floats(0, 500), per_verify=st.floats(0, 1e-2),
     draft_floor=st.floats(0, 0.02), draft_per_row=st.floats(0, 1e-4),
+    per_verify_row=st.floats(0, 1e-4), per_draft=st.floats(0, 1e-2),
 )  # fmt: skip
 
 
@@ -48,10 +51,10 @@ def kept(rng: random.Random, acceptance, rows: int, num_steps: int) -> Acceptanc
 def test_literals_of_the_cost():
     assert COST.t_decode(10) == pytest.approx(8.2e-3)
     assert COST.t_decode(100) == pytest.approx(8e-3 + 2e-3 + 36e-4)
-    assert COST.t_verify(100, 4) == pytest.approx(8e-3 + 2e-3 + 336e-4 + 5e-4)
+    assert COST.t_verify(100, 4) == pytest.approx(8e-3 + 2e-3 + 336e-4 + 5e-4 + 3e-4)
     assert COST.t_verify(10, 1) == COST.t_decode(10) == COST.t_step(10, 0)
     assert COST.t_draft(10) == pytest.approx(9e-4)
-    assert COST.t_step(10, 3) == pytest.approx(COST.t_verify(10, 4) + 27e-4)
+    assert COST.t_step(10, 3) == pytest.approx(COST.t_verify(10, 4) + 27e-4 + 4.5e-4)
     speedup = (1 + 0.5 + 0.25) * COST.t_decode(10) / COST.t_step(10, 2)
     assert COST.speedup(10, [0.5, 0.5]) == pytest.approx(speedup)
     assert COST.speedup(10, []) == 1.0
@@ -83,14 +86,19 @@ def measured(cost: CostModel, noise=lambda: 1.0) -> list[CostSample]:
         for b, k in itertools.product(batches, (2, 4, 6))
     ]
     return samples + [
-        CostSample(kind="draft", batch=b, tokens=k, seconds=k * cost.t_draft(b) * noise())
+        CostSample(
+            kind="draft",
+            batch=b,
+            tokens=k,
+            seconds=(cost.t_step(b, k) - cost.t_verify(b, k + 1)) * noise(),
+        )
         for b, k in itertools.product(batches, (1, 3))
     ]
 
 
 def test_a_fit_finds_the_numbers_that_made_the_samples():
     fitted = CostModel.fit(measured(COST))
-    for name in ("floor", "per_row", "per_token", "knee", "per_verify"):
+    for name in asdict(COST):
         assert getattr(fitted, name) == pytest.approx(getattr(COST, name), rel=1e-3), name
     assert fitted.t_draft(50) == pytest.approx(COST.t_draft(50))
 
@@ -102,6 +110,20 @@ def test_a_fit_of_noisy_samples_predicts_speedups(seed):
     for batch, k in itertools.product((1, 4, 32, 100, 200), (1, 3, 5)):
         predicted, true = fitted.speedup(batch, [0.7] * k), COST.speedup(batch, [0.7] * k)
         assert predicted == pytest.approx(true, rel=0.06), (batch, k)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_few_samples_far_off_hardly_change_a_fit(seed):
+    """One in six took up to four times as long: captures of graphs, another process."""
+    rng = random.Random(seed)
+    samples = measured(COST, noise=lambda: rng.gauss(1, 0.02))
+    for index in rng.sample(range(len(samples)), len(samples) // 6):
+        slow = {**asdict(samples[index])}
+        samples[index] = CostSample(**slow | {"seconds": slow["seconds"] * rng.uniform(1.5, 4)})
+    fitted = CostModel.fit(samples)
+    for batch, k in itertools.product((1, 4, 32, 100, 200), (1, 3, 5)):
+        predicted, true = fitted.speedup(batch, [0.7] * k), COST.speedup(batch, [0.7] * k)
+        assert predicted == pytest.approx(true, rel=0.08), (batch, k)
 
 
 def test_a_fit_has_no_negative_terms():
@@ -198,13 +220,39 @@ def test_the_choice_does_not_flicker_where_two_are_alike():
     assert switches(0.05) <= 2 and switches(0.0) > 10
 
 
+@pytest.mark.parametrize("predicted", [0.99, 1.0, 1.02])
+def test_what_is_predicted_to_gain_next_to_nothing_is_left(predicted):
+    """A prediction is off by a few percent: what was taken up when it was good has to go."""
+    cost = CostModel(floor=10e-3, per_verify=1e-3, draft_floor=1e-3)
+    controller = DraftController(cost, max_steps=1, exploration=0.0, halflife=50)
+    controller.observe(_first(0.5))
+    assert controller.choose(8) == 1  # 1.25 predicted
+    controller.observe(_first(1.2 * predicted - 1))
+    assert controller.speedups(8)[1] == pytest.approx(predicted, abs=1e-3)
+    assert controller.choose(8) == 0
+    controller.observe(_first(1.2 * 1.04 - 1))
+    assert controller.choose(8) == 0  # and it is not taken up for so little
+    controller.observe(_first(1.2 * 1.06 - 1))
+    assert controller.choose(8) == 1
+    controller.observe(_first(1.2 * 1.04 - 1))
+    assert controller.choose(8) == 1  # nor left
+
+
+def _first(rate: float) -> AcceptanceStats:
+    kept = round(10**9 * rate)
+    return AcceptanceStats(
+        num_verify_steps=10**9, num_tokens=10**9 + kept, proposed=(10**9,), judged=(10**9,),
+        accepted=(kept,),
+    )  # fmt: skip
+
+
 def test_a_recovered_draft_is_noticed_and_without_exploration_is_not():
     rng = random.Random(0)
     for exploration in (0.01, 0.0):
         controller = DraftController(COST, max_steps=3, exploration=exploration)
         for _ in range(100):
             controller.observe(kept(rng, [0.0] * 3, 8, controller.choose(8)))
-        assert controller.choose(8) <= 1 and controller.acceptance[0] < 0.2
+        assert controller.choose(8) <= 1 and controller.acceptance[0] < 0.25
         choices = []
         for _ in range(10_000):
             choices.append(controller.choose(8))
