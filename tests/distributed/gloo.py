@@ -20,7 +20,7 @@ PRELOAD = [
     "tests.models",
     "tests.presets",
 ]
-"""Imported once by the server that ranks are forked from; a superset of what tests.sync names."""
+"""Imported once by the server that ranks are forked from, also those of `tests.sync`."""
 
 
 def run(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:

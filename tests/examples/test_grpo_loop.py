@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from miles.errors import CheckpointError
+
 LOOP = Path(__file__).parents[2] / "examples" / "grpo_loop.py"
 SMALL = {
     "num-steps": 5, "num-prompts": 12, "num-samples-per-prompt": 4, "num-updates": 2,
@@ -128,7 +130,7 @@ def test_switches_run_in_process(tmp_path, script):
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path, script):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         script(f"--out={tmp_path / 'nothing'}", *SETTINGS, "--resume")
 
 

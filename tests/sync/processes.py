@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed.gloo import PRELOAD
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "miles.sync", "tests.models"])
+_CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def launch(
