@@ -92,15 +92,13 @@ class UntoldFeatures:
 
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
-
-    @property
-    def size(self) -> int:
+        self.size = 0
         """Tokens whose features are kept, padding and those of owners that have left too."""
-        return sum(one.size for one in self._passes)
 
     def add(self, features_BLF: Tensor, owners: Mapping[Any, tuple[int, int]]) -> None:
         """Keep a pass: of each owner the first so many tokens of a row."""
         self._passes.append(_Pass(features_BLF, dict(owners)))
+        self.size += self._passes[-1].size
 
     def take(self, owners: Sequence[Hashable]) -> list[Tensor]:
         """`[n, F]` of each, of all its tokens that are left, in order; of three launches.
@@ -133,10 +131,10 @@ class UntoldFeatures:
         self._drop_taken()
 
     def drop_beyond(self, size: int) -> None:
-        """Drop the oldest passes, but never the last, until so many tokens are left."""
-        held = self.size
-        while held > size and len(self._passes) > 1:
-            held -= self._passes.pop(0).size
+        """Drop the oldest passes that hold none of the last so many tokens."""
+        while len(self._passes) > 1 and self.size - self._passes[0].size >= size:
+            self.size -= self._passes.pop(0).size
 
     def _drop_taken(self) -> None:
         self._passes = [one for one in self._passes if one.owners]
+        self.size = sum(one.size for one in self._passes)

@@ -180,7 +180,8 @@ class SlotMemory:
         """
         width = 1 if proposed_RK is None else 1 + proposed_RK.shape[1]
         num_rows = _round_up(max(slots) + 1, self._row_tile)
-        num_keys = min(_round_up(max(positions) + width, self._key_tile), self._room)
+        most = self._max_context + width - 1  # a plain step reads what it reads without a draft
+        num_keys = min(_round_up(max(positions) + width, self._key_tile), most)
         inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
         index = torch.tensor(slots)
         inputs[0, index] = torch.tensor(tokens)

@@ -326,6 +326,8 @@ class CollectiveReceiver:
                 data = torch.empty(nbytes, dtype=torch.uint8, device=self._link.device)
             if nbytes:
                 under_way.append((self._link.broadcast(data), index, taken))
+            elif taken is not None:  # tensors without elements, which have no bytes to wait for
+                inbox.arrived(index, taken)
             if len(under_way) > 1:
                 self._take(inbox, *under_way.popleft())
         sums = self._sums(message, blocks, under_way)

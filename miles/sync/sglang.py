@@ -246,6 +246,11 @@ class SGLangSyncer:
         if touched:
             with contextlib.suppress(SyncError):  # an open session would refuse the next one
                 self._session("/end_weight_update", to)
+            if self._drafts:
+                self._drafted = MIXED
+            else:  # some may have their new version already, and would be left out, and paused
+                with contextlib.suppress(SyncError):
+                    self._on_all(lambda c: c.say(MIXED), to)
             if self._via == "distributed":
                 self._leave()
         if stopped and (self._drafts or not touched):

@@ -45,6 +45,15 @@ def test_a_bf16_policy_under_checkpointing_teaches_a_float32_draft():
     assert last["draft/acceptance/step_0"] > first["draft/acceptance/step_0"] + 0.1
 
 
+def test_a_state_loaded_while_offloaded_trains_on():
+    one, two = made("cuda"), made("cuda")
+    train(one), train(two)
+    two.offload_()
+    two.load_state_dict(one.state_dict())
+    two.onload_()
+    assert train(two) == train(one)
+
+
 def test_offloading_frees_the_device_and_changes_no_number():
     one, two = made("cuda"), made("cuda")
     train(one), train(two)

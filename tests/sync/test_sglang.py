@@ -343,6 +343,30 @@ def test_several_servers_get_the_same_and_one_that_lags_is_caught_up(syncer_for)
         assert same(a.loaded, weights(3)) and same(b.loaded, weights(3))
 
 
+class Stubborn(Server):
+    refuses = False
+
+    async def continue_generation(self, body):
+        if self.refuses:
+            self.refuses = False
+            self.calls.pop()  # it is still paused
+            raise Refusal(500, {"message": "it cannot"})
+        return await super().continue_generation(body)
+
+
+@pytest.mark.parametrize("last", ["update_weight_version 2", "continue_generation"])
+def test_a_server_that_fails_last_leaves_no_other_one_paused(syncer_for, last):
+    with Server("0.5.17") as a, Stubborn("0.5.17") as b:
+        syncer = syncer_for(a, b)
+        b.fail_at, b.refuses = last, last == "continue_generation"
+        with pytest.raises(SyncError, match="push again"):
+            syncer.push(weights(1).items(), version=1)
+        assert a.weight_version == b.weight_version == "-1"
+        assert syncer.push(weights(1).items(), version=1).num_tensors == 5
+        assert not a.paused and not b.paused
+        assert a.weight_version == b.weight_version == "1" and same(a.loaded, weights(1))
+
+
 def test_weights_are_read_back_on_request(server, syncer_for):
     syncer_for(server, verify=["embed", "norm"]).push(weights(1).items(), version=1)
     server.take = lambda flat, metadata: None  # loads nothing, and says that all is well

@@ -38,6 +38,17 @@ def test_a_draft_that_breaks_off_leaves_the_policy_in_service(server, syncer_for
     assert same(server.loaded, weights(2))
 
 
+def test_after_a_draft_that_broke_off_its_last_version_is_sent_anew(server, syncer_for):
+    draft = syncer_for(server, selector="draft")
+    draft.push(weights(1).items(), version=1)
+    sent = server.names().count("update_weights_from_tensor")
+    server.fail_at = f"update_weights_from_tensor {sent + 2}"
+    with pytest.raises(SyncError, match="hold a part"):
+        draft.push(weights(2).items(), version=2)
+    assert draft.push(weights(1).items(), version=1).num_tensors == 5
+    assert same(server.loaded, weights(1))
+
+
 def test_a_draft_does_not_put_half_a_policy_into_service(server, syncer_for):
     policy, draft = syncer_for(server, selector="target"), syncer_for(server, selector="draft")
     server.fail_at = "update_weights_from_tensor 2"

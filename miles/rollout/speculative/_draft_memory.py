@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import DtypeError, SettingError, ShapeError
-from miles.rollout.speculative._draft_steps import DraftSteps
+from miles.rollout.speculative._draft_steps import GRAPH_WIDTH, DraftSteps
 from miles.rollout.speculative.draft import Proposal
 
 if TYPE_CHECKING:
@@ -71,13 +71,16 @@ class ModelMemory:
         rows = [(i, new) for i, new in rows if new]
         if not rows:
             return
-        slots = [slots[i] for i, _ in rows]
-        given = None
-        if features is not None and self._draft.feature_layers:
-            given = [features[i] for i, _ in rows]
-        self._steps.settle(slots, self._places, [new for _, new in rows], given)
-        for slot, (_, new) in zip(slots, rows, strict=True):
-            self._places[slot] += len(new)
+        reads = features is not None and self._draft.feature_layers
+        for wide in (False, True):  # a few long rows must not pad the others
+            part = [(i, new) for i, new in rows if (len(new) > GRAPH_WIDTH) == wide]
+            if not part:
+                continue
+            given = [features[i] for i, _ in part] if features is not None and reads else None
+            own = [slots[i] for i, _ in part]
+            self._steps.settle(own, self._places, [new for _, new in part], given)
+            for slot, (_, new) in zip(own, part, strict=True):
+                self._places[slot] += len(new)
 
     @torch.no_grad()
     def propose(

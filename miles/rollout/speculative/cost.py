@@ -21,6 +21,8 @@ __all__ = ["CostModel", "CostSample"]
 Kind = Literal["decode", "verify", "draft"]
 KINDS = ("decode", "verify", "draft")
 ROUNDS = 8
+KNEES = 8
+"""As many as explain the times best go on to the next round."""
 MAD = 1.4826  # of a normal distribution, its deviation over the median of absolute errors
 NO_OUTLIER = 5e-3
 """Relative error up to which no sample is far off, however well others are explained."""
@@ -99,7 +101,7 @@ class CostModel:
     def __post_init__(self) -> None:
         values = asdict(self)
         bad = {k: v for k, v in values.items() if not 0 <= v < math.inf}
-        if bad or not self.floor + self.per_row + self.per_token:
+        if bad or not self.floor + self.per_row + self.per_token * (self.knee < 1):
             raise SettingError(
                 f"a cost model with {bad or values}; expected finite numbers of 0 or more, and a "
                 "pass that takes time"
@@ -238,8 +240,10 @@ def _robust(
     best: tuple[float, float, list[float]] = (math.inf, 0.0, [])
     for _ in range(ROUNDS):
         best = (math.inf, 0.0, [])
+        errors: dict[float, float] = {}
         for key, terms_MC in relative.items():
             error, found = _least_squares(terms_MC, weights_M)
+            errors[key] = error
             # Rounding must not prefer one of two knees that explain the same.
             if error < best[0] * (1 - 1e-9) - 1e-18:
                 best = (error, key, found)
@@ -247,6 +251,8 @@ def _robust(
         errors_M = (relative[key] @ torch.tensor(found, dtype=torch.float64) - 1).abs()
         usual = max(MAD * float(errors_M.median()), NO_OUTLIER)
         weights_M = (2 * usual / errors_M.clamp(min=usual)).clamp(max=1)
+        kept = sorted(errors, key=errors.__getitem__)[:KNEES]
+        relative = {key: terms_MC for key, terms_MC in relative.items() if key in kept}
     return best[1], best[2]
 
 

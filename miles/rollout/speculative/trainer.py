@@ -253,7 +253,7 @@ class DraftTrainer:
         captured: Captured | None = None,
     ) -> None:
         """The draft's forward and backward pass over one micro-batch; nothing waits for the GPU
-        but the choice of places.
+        but the choice of places and the layout of sequences.
 
         Args:
             mask: bool `[B, L]` by prediction (True where the next token is trained on), or a
@@ -490,9 +490,11 @@ class DraftTrainer:
             )
 
     def _move(self, devices: Sequence[torch.device]) -> None:
+        fused = any(settings.get("fused") for settings in self.optimizer.param_groups)
         for parameter, device in zip(self._params, devices, strict=True):
             parameter.data = parameter.data.to(device)
             state = self.optimizer.state.get(parameter, {})
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:  # the step's number stays where it is
+                # The step's number stays where it is, unless a fused kernel reads it.
+                if isinstance(value, Tensor) and (value.ndim or fused):
                     state[key] = value.to(device)

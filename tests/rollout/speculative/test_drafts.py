@@ -128,6 +128,25 @@ def test_a_proposal_does_not_depend_on_how_and_beside_whom_its_tokens_were_settl
         settle_in_pieces(cached_draft(kind), data)
 
 
+def test_a_long_prompt_does_not_pad_the_rows_beside_it(monkeypatch) -> None:
+    draft = cached_draft("eagle3")
+    memory = draft.memory(num_slots=3, max_context=100)
+    steps, seen = steps_module.DraftSteps, []
+    settle = steps.settle
+    monkeypatch.setattr(
+        steps,
+        "settle",
+        lambda self, slots, places, new, given: (
+            seen.append([len(row) for row in new]),
+            settle(self, slots, places, new, given),
+        )[1],
+    )
+    rows = [tokens(n, seed=n).tolist() for n in (3, 60, 4)]
+    features = [random_features(draft, n - 1, seed=n) for n in (3, 60, 4)]
+    memory.extend([0, 1, 2], rows, [0, 0, 0], features)
+    assert seen == [[2, 3], [59]]
+
+
 def settle_in_pieces(draft: Any, data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 4))
     slots = data.draw(st.permutations(range(num_slots)))
