@@ -391,7 +391,7 @@ def test_acceptance_without_a_draft_or_a_verify_pass_is_an_error():
         assert answer(engine, PROMPT, params(1)).metadata["speculative"]["num_verify_steps"] == 0
 
 
-def test_step_costs_fit_a_cost_model_and_steer_a_controller():
+def test_step_costs_fit_a_cost_model():
     with serving(
         "llama", max_batch=8, draft=ScriptedDraft(random_rows()), controller=Steps(0, 1, 3)
     ) as engine:
@@ -402,9 +402,13 @@ def test_step_costs_fit_a_cost_model_and_steer_a_controller():
     assert {c.tokens for c in costs if c.kind == "verify"} >= {2, 4}
     assert {c.tokens for c in costs if c.kind == "draft"} >= {1, 3}
     assert {1, 2, 8} <= {c.batch for c in costs if c.kind == "decode"}
-    cost = CostModel.fit(costs)
+    assert CostModel.fit(costs).t_decode(1) > 0
+
+
+def test_a_controller_gives_a_slow_and_bad_draft_up():
+    cost = CostModel(floor=1e-3, per_token=1e-4, knee=1, draft_floor=3e-4)
     controller = DraftController(cost, max_steps=3, halflife=50, exploration=0)
-    # This draft is slow and bad: it is tried at most a few times.
+    assert controller.choose(1) > 0  # by what it believes at first
     draft = ScriptedDraft(random_rows())
     with serving("llama", draft=draft, controller=controller) as engine:
         answer(engine, PROMPT)
