@@ -183,6 +183,26 @@ def test_after_a_fault_the_engine_serves_on_and_both_sides_are_told(session, ver
     assert sent[f"after {version}"].num_tensors == 0
 
 
+def without_elements(given):
+    """A tensor without elements has a bucket of its own if those before fill theirs."""
+    live = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+    if dist.get_rank() == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=TIMEOUT)
+        report = syncer.push(given.items(), version=1)
+        syncer.close()
+        return report.num_tensors
+    target = Target(live)
+    CollectiveReceiver(target, dist.group.WORLD, timeout=TIMEOUT).serve()
+    return target.weight_version, same(target.live, given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"a": torch.ones(1024), "b": torch.empty(0)}, {"b": torch.empty(0)}]
+)
+def test_a_bucket_may_have_no_bytes(tmp_path, given):
+    assert launch(without_elements, 2, tmp_path, given) == [len(given), (1, True)]
+
+
 def test_versions_only_grow_and_a_closed_syncer_says_so(session):
     sent, received = session
     matches(sent["back"], "rank 1: version 0 is older than 1")
