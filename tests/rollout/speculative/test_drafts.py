@@ -129,21 +129,13 @@ def test_a_proposal_does_not_depend_on_how_and_beside_whom_its_tokens_were_settl
 
 
 def test_a_long_prompt_does_not_pad_the_rows_beside_it(monkeypatch) -> None:
-    draft = cached_draft("eagle3")
+    draft, lengths, seen = cached_draft("eagle3"), (3, 60, 4), []
     memory = draft.memory(num_slots=3, max_context=100)
-    steps, seen = steps_module.DraftSteps, []
-    settle = steps.settle
-    monkeypatch.setattr(
-        steps,
-        "settle",
-        lambda self, slots, places, new, given: (
-            seen.append([len(row) for row in new]),
-            settle(self, slots, places, new, given),
-        )[1],
-    )
-    rows = [tokens(n, seed=n).tolist() for n in (3, 60, 4)]
-    features = [random_features(draft, n - 1, seed=n) for n in (3, 60, 4)]
-    memory.extend([0, 1, 2], rows, [0, 0, 0], features)
+    settle = memory._steps.settle
+    noted = lambda *args: (seen.append([len(row) for row in args[2]]), settle(*args))  # noqa: E731
+    monkeypatch.setattr(memory._steps, "settle", noted)
+    rows = [tokens(n, seed=n).tolist() for n in lengths]
+    memory.extend([0, 1, 2], rows, [0] * 3, [random_features(draft, n - 1) for n in lengths])
     assert seen == [[2, 3], [59]]
 
 
