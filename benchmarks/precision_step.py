@@ -40,7 +40,7 @@ import tyro
 from fp8_linear import torchao as torchao_blockwise
 from fp8_linear import works
 from precision_curves import MasterAdamW
-from routing import append, environment, in_turns, summaries, timed
+from routing import WARM_UP, append, environment, in_turns, summaries, synchronize, timed
 from torch import Tensor, nn
 
 from miles.losses import linear_logprobs
@@ -86,6 +86,8 @@ class Config:
     """Width of its MLPs."""
     vocabulary: int = 32_768
     """Tokens there are; the head is in bf16 whatever the variant."""
+    profile: bool = False
+    """Print how long host and GPU are busy with a step, and by what; write no CSV."""
     repeats: int = 10
     """Turns that are timed, after two that are not."""
     out: Path = Path("benchmarks/results/precision_step.csv")
@@ -237,6 +239,25 @@ def graphs_and_breaks() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+def profile(step: Step, name: str, model: Any) -> None:
+    """Host and whole time of a step, and what it consists of, by operator and kernel."""
+    for _ in range(WARM_UP):
+        step.run(model)
+    synchronize()
+    start = time.perf_counter()
+    step.run(model)
+    host = time.perf_counter() - start
+    synchronize()
+    total = time.perf_counter() - start
+    with torch.profiler.profile() as profiler:
+        step.run(model)
+        synchronize()
+    print(f"{name}: {total * 1e3:.1f} ms, the host {host * 1e3:.1f} ms of them", flush=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for clock in dict.fromkeys((device, "cpu")):
+        print(profiler.key_averages().table(sort_by=f"self_{clock}_time_total", row_limit=25))
+
+
 def main(config: Config) -> None:
     if unknown := set(config.variants) - {*RECIPES, *RIVALS}:
         raise SystemExit(f"{sorted(unknown)}; expected some of {[*RECIPES, *RIVALS]}")
@@ -245,6 +266,10 @@ def main(config: Config) -> None:
     print(f"{parameters / 1e9:.2f} billion parameters, {config.mode}", flush=True)
     step = Step(config, model)
     found = models(config, model)
+    if config.profile:
+        for name, other in found.items():
+            profile(step, name, other)
+        return
     losses: dict[str, float] = {}
 
     def first(name: str, other: Any) -> None:

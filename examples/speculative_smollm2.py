@@ -70,10 +70,6 @@ class SmolSpeculativeConfig(SmolConfig, SpeculativeConfig):
     draft_vocabulary: int = 0
     """Tokens of the draft's own vocabulary, those that teacher and policy write most; 0 for the
     policy's, which SGLang's rejection sampling needs."""
-    num_compared: int = 128
-    """Prompts that the frozen draft speculates on after each step."""
-    num_rewards: int = 1024
-    """Answers with the draft, and as many without, that are compared at the end."""
 
 
 class WorkedSums(ChatSums):

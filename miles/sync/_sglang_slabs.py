@@ -26,8 +26,8 @@ from miles.sync._sglang_payload import FlatBucket, Shared, described
 __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
 DEPTH = 1
-"""Buckets that may be with the servers at a time. With 2, a server took 1.5 times as long to load
-32 buckets of 512 MiB (H200, 0.5.17): the two processes take turns on the GPU."""
+"""Buckets that may be with the servers at a time. With 2, a server took longer to load 32 buckets
+of 512 MiB (docs/sync.md): the two processes take turns on the GPU."""
 
 
 class Memory(Protocol):

@@ -50,8 +50,8 @@ class SGLangSyncer:
             `"value"`: in the request itself, for small models and any network; `"distributed"`:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
         bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time,
-            which `"cuda_ipc"` keeps from push to push. A server's call costs some milliseconds
-            whatever the size: larger ones are faster.
+            which `"cuda_ipc"` keeps from push to push. Fewer calls
+            make a push faster: larger ones are.
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`

@@ -22,8 +22,9 @@ from miles.sync._weight_cache_views import engine_views
 
 __all__ = ["SGLangWeightCacheSyncer"]
 
-SOCKET = "/tmp/sglang_weight_cache_rank0.sock"
-"""Where SGLang's daemon of rank 0 listens; it has no option for another path."""
+SOCKET = "/tmp/sglang_weight_cache_rank0.sock"  # part of SGLang's protocol, the same everywhere
+"""Where SGLang 0.5.17's daemon of rank 0 listens (its `weight_cache/protocol.py`); it has no option
+for another path."""
 FLUSH_SECONDS = 30.0
 PROBE = "model.norm.weight"
 """A small parameter that every family has under the same name on both sides."""

@@ -233,10 +233,11 @@ def test_a_draft_without_features_is_given_none():
 
 @kinds
 def test_a_draft_that_is_off_is_not_called_and_answers_have_the_bits_of_an_engine_without_one(name):
-    """Requests come while it is off, move, and leave, some at the end of the context."""
+    """Requests come while it is off, move, and leave, two of them at the end of the context."""
     draft = ScriptedDraft(random_rows(), feature_layers=(0, FINAL))
     prompts = [*PROMPTS, PROMPTS[1]]
-    wanted = [params(6 + 5 * (i % 3), seed=i, temperature=i % 2) for i in range(len(prompts))]
+    news = [11, 200, 6, 200, 16, 11]
+    wanted = [params(new, seed=i, temperature=i % 2) for i, new in enumerate(news)]
     sizes = {"max_batch": 4, "row_tile": 1, "max_context": 45}
     with (
         serving(name, draft=draft, controller=Steps(0), **sizes) as engine,

@@ -31,12 +31,18 @@ def random_tensors(seed: int) -> dict[str, Tensor]:
 
 
 class Target:
-    """Serves `tensors(0)` as version 0; `seen` notes what it served, version by version."""
+    """Serves `tensors(0)` as version 0; `seen` keeps copies of what it served, if it is to note."""
 
-    def __init__(self, live: dict[str, Tensor] | None = None, commit_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        live: dict[str, Tensor] | None = None,
+        commit_seconds: float = 0.0,
+        *,
+        notes: bool = True,
+    ) -> None:
         self.live = tensors() if live is None else live
         self.weight_version = 0
-        self.commit_seconds = commit_seconds
+        self.commit_seconds, self._notes = commit_seconds, notes
         self.seen: list[dict[str, Tensor]] = []
 
     def weight_tensors(self) -> Mapping[str, Tensor]:
@@ -52,7 +58,8 @@ class Target:
             for name, tensor in self.live.items():
                 tensor.copy_(tensors[name])
         self.weight_version = version
-        self.seen.append({name: tensor.clone() for name, tensor in self.live.items()})
+        if self._notes:
+            self.seen.append({name: tensor.clone() for name, tensor in self.live.items()})
 
     def values(self) -> dict[str, list[Any]]:
         return {name: tensor.tolist() for name, tensor in self.live.items()}

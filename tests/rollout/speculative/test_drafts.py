@@ -131,11 +131,13 @@ def test_a_proposal_does_not_depend_on_how_and_beside_whom_its_tokens_were_settl
 def test_a_long_prompt_does_not_pad_the_rows_beside_it(monkeypatch) -> None:
     draft, lengths, seen = cached_draft("eagle3"), (3, 60, 4), []
     memory = draft.memory(num_slots=3, max_context=100)
-    settle = memory._steps.settle
-    noted = lambda *args: (seen.append([len(row) for row in args[2]]), settle(*args))  # noqa: E731
-    monkeypatch.setattr(memory._steps, "settle", noted)
-    rows = [tokens(n, seed=n).tolist() for n in lengths]
-    memory.extend([0, 1, 2], rows, [0] * 3, [random_features(draft, n - 1) for n in lengths])
+
+    def noted(slots, places, new, features):
+        seen.append([len(row) for row in new])
+
+    monkeypatch.setattr(memory._steps, "settle", noted)  # that rows come out right, others test
+    features = [random_features(draft, n - 1) for n in lengths]
+    memory.extend([0, 1, 2], [tokens(n).tolist() for n in lengths], [0] * 3, features)
     assert seen == [[2, 3], [59]]
 
 
