@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -32,28 +33,15 @@ class Group:
     def __init__(
         self, address: str, port: int, *, size: int, name: str, backend: str, timeout: float
     ) -> None:
-        self._timeout = timeout
+        self._timeout, self._lost = timeout, False
         self._group = join(address, port, rank=0, size=size, name=name, backend=backend,
                            timeout=timeout)  # fmt: skip
 
-    def broadcast(self, flat: Tensor) -> Any:
-        """Start to send; see `finished`."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
-        work = self._group.broadcast([flat], options)
-        if not flat.is_cuda:
-            return work
-        work.wait()  # on the device only
-        event = torch.cuda.Event()
-        event.record()
-        return event
+    def broadcast(self, flat: Tensor) -> Broadcast:
+        """Start to send; see `finish`."""
+        return Broadcast(self._group, flat)
 
-    def finished(self, sent: Any) -> bool:
-        """Whether everybody has it."""
-        done = sent.query() if isinstance(sent, torch.cuda.Event) else sent.is_completed()
-        return bool(done)
-
-    def finish(self, sent: Any, calls: list[Any]) -> None:
+    def finish(self, sent: Broadcast, calls: list[Any]) -> None:
         """Wait, as long as no call fails: a server that refuses never joins the broadcast.
 
         Args:
@@ -61,9 +49,10 @@ class Group:
             calls: futures of the HTTP calls, which answer after the broadcast unless they fail.
         """
         deadline = time.monotonic() + self._timeout
-        while not self.finished(sent):
+        while not sent.finished():
             failed = [call for call in calls if call.done() and call.exception()]
             if failed or time.monotonic() > deadline:
+                self._lost = not sent.begun
                 self.abandon()
                 for call in failed:
                     call.result()
@@ -76,12 +65,59 @@ class Group:
 
     def abandon(self) -> None:
         """End what is under way; the group is of no use any more."""
-        if hasattr(self._group, "abort"):
+        if hasattr(self._group, "abort") and not self._lost:
             self._group.abort()
 
     def close(self) -> None:
-        """Leave."""
-        dist.destroy_process_group(self._group)
+        """Leave; not where a thread still waits in the group for servers, which would wait too."""
+        if not self._lost:
+            dist.destroy_process_group(self._group)
+
+
+class Broadcast:
+    """One bucket on its way.
+
+    It starts in a thread: with NCCL the first call of a group returns when all ranks have called,
+    and a server that refuses never does.
+    """
+
+    def __init__(self, group: Any, flat: Tensor) -> None:
+        self.begun = False
+        """Whether all ranks have called."""
+        self._sent: Any = None
+        self._error: BaseException | None = None
+        stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None
+
+        def start() -> None:
+            try:
+                with torch.cuda.stream(stream):
+                    self._sent = _queued(group, flat)
+            except BaseException as error:  # told by `finished`
+                self._error = error
+            self.begun = True
+
+        threading.Thread(target=start, name="sglang-broadcast", daemon=True).start()
+
+    def finished(self) -> bool:
+        """Whether everybody has it."""
+        if self._error is not None:
+            raise self._error
+        if not self.begun:
+            return False
+        on_gpu = isinstance(self._sent, torch.cuda.Event)
+        return bool(self._sent.query() if on_gpu else self._sent.is_completed())
+
+
+def _queued(group: Any, flat: Tensor) -> Any:
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+    work = group.broadcast([flat], options)
+    if not flat.is_cuda:
+        return work
+    work.wait()  # on the device only
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def join(

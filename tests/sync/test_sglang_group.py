@@ -1,0 +1,60 @@
+"""The trainer's side of a broadcast to servers, where NCCL itself would wait for ever."""
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from miles.errors import SyncError
+from miles.sync import _sglang_group
+from miles.sync._sglang_group import Group
+
+
+class Standstill:
+    """A group whose first broadcast returns when all have called, as NCCL's does."""
+
+    def __init__(self):
+        self.all_came = threading.Event()
+        self.aborted = False
+
+    def broadcast(self, tensors, options):
+        self.all_came.wait(10)
+        raise RuntimeError("the network is down")
+
+    def abort(self):
+        self.aborted = True
+
+
+@pytest.fixture
+def standstill():
+    made = Standstill()
+    yield made
+    made.all_came.set()
+
+
+@pytest.fixture
+def group(monkeypatch, standstill):
+    monkeypatch.setattr(_sglang_group, "join", lambda *args, **options: standstill)
+    return Group("127.0.0.1", 1, size=2, name="weights", backend="gloo", timeout=0.2)
+
+
+def test_servers_that_never_come_are_an_error_in_time(group, standstill):
+    with pytest.raises(SyncError, match=r"took more than 0\.2 s.*NCCL_CUMEM_ENABLE"):
+        group.finish(group.broadcast(torch.zeros(4, dtype=torch.uint8)), [Future()])
+    group.close()  # waits for nobody
+    assert not standstill.aborted  # it would wait for the thread
+
+
+def test_a_refusal_comes_before_the_time_is_over(group):
+    refused = Future()
+    refused.set_exception(SyncError("400 no memory is left"))
+    with pytest.raises(SyncError, match="no memory is left"):
+        group.finish(group.broadcast(torch.zeros(4, dtype=torch.uint8)), [refused])
+
+
+def test_what_the_thread_raises_is_raised_here(group, standstill):
+    sent = group.broadcast(torch.zeros(4, dtype=torch.uint8))
+    standstill.all_came.set()
+    with pytest.raises(RuntimeError, match="the network is down"):
+        group.finish(sent, [Future()])
