@@ -2,10 +2,12 @@
 
     python benchmarks/weight_sync_sglang.py --server-site ~/site --model qwen3-8b
 
-One server with random weights (`--load-format dummy`) takes the same bf16 tensors in buckets of the
-same size: from `SGLangSyncer(via="cuda_ipc")`, then from SGLang's `FlattenedTensorBucket` and
-`MultiprocessingSerializer` in a process that has SGLang, one bucket after the other, as trainers
-use them. Both pause the server, empty its cache, and let it go on.
+One server with random weights (`--load-format dummy`) takes the same bf16 tensors, from
+`SGLangSyncer(via="cuda_ipc")` where it may read them in place and in buckets, then in buckets of
+the same sizes from SGLang's `FlattenedTensorBucket` and `MultiprocessingSerializer` in a process
+that has SGLang, one bucket after the other, as trainers use them. Both pause the server, empty its
+cache, and let it go on. The trainer's weights lie in one allocation, as a Megatron trainer's do, or
+each in one of its own, as transformers loads them; for buckets that makes no difference.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 import tyro
-from weight_sync import MODELS, Shape, shapes, trainer
+from weight_sync import MODELS, Shape, shapes
 
 from miles.rollout import SGLangServer
 from miles.sync import SGLangSyncer
@@ -46,7 +48,7 @@ class Config:
     model: str = "qwen3-8b"
     """Whose weights, of `weight_sync.MODELS`."""
     bucket_mb: tuple[int, ...] = (512,)
-    """Sizes of a bucket, in MiB."""
+    """Sizes of a bucket, in MiB; in place, the first alone, for what is not read there."""
     pushes: int = 8
     """Timed, after two others."""
     memory: float = 0.5
@@ -78,14 +80,30 @@ def hf_config(model: Shape) -> transformers.PretrainedConfig:
     )  # fmt: skip
 
 
-def ours(url: str, model: Shape, bucket_mb: int, pushes: int, first: int) -> list[dict[str, float]]:
-    weights = trainer(model, "cuda")
-    syncer = SGLangSyncer(url, via="cuda_ipc", bucket_bytes=bucket_mb << 20)
+def laid_out(model: Shape, layout: str) -> dict[str, torch.Tensor]:
+    """A trainer's weights."""
+    sizes = {name: torch.Size(shape) for name, shape in shapes(model)}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    if layout == "own allocations":
+        return {name: torch.randn(size, **options) for name, size in sizes.items()}
+    pool = torch.empty(sum(size.numel() for size in sizes.values()), **options).normal_()
+    parts = pool.split([size.numel() for size in sizes.values()])
+    return {n: part.view(size) for (n, size), part in zip(sizes.items(), parts, strict=True)}
+
+
+def ours(
+    url: str, model: Shape, bucket_mb: int, pushes: int, first: int, layout: str = ""
+) -> list[dict[str, float]]:
+    """In place if a layout is given, else in buckets."""
+    weights = laid_out(model, layout or "one allocation")
+    syncer = SGLangSyncer(url, via="cuda_ipc", bucket_bytes=bucket_mb << 20, in_place=bool(layout))
     found = []
     for version in range(first, first + pushes):
         report = syncer.push(weights.items(), version=version)
         found.append(dict(report.phases) | {"seconds": report.seconds})
     syncer.close()
+    del weights
+    torch.cuda.empty_cache()
     return found
 
 
@@ -138,11 +156,13 @@ def main(config: Config) -> None:
         ) as server:  # fmt: skip
             print(f"the server is up after {time.perf_counter() - start:.0f} s", flush=True)
             first, count = 1, config.pushes + 2
-            for bucket_mb in config.bucket_mb:
-                for who, push in (
-                    ("miles", ours),
-                    ("SGLang", lambda *a: rival(*a, config.server_site)),
-                ):
+            in_place = [
+                (f"miles, in place, {layout}", lambda *a, layout=layout: ours(*a, layout))
+                for layout in ("one allocation", "own allocations")
+            ]
+            buckets = [("miles", ours), ("SGLang", lambda *a: rival(*a, config.server_site))]
+            for number, bucket_mb in enumerate(config.bucket_mb):
+                for who, push in buckets if number else in_place + buckets:
                     times = push(server.url, model, bucket_mb, count, first)
                     add(row(who, config, bucket_mb, times), config.out)
                     first += count

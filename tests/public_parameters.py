@@ -258,8 +258,8 @@ PARAMETERS = {
     "miles.sync.CudaIpcSyncer": "address * bucket_bytes timeout",
     "miles.sync.CudaIpcReceiver": "target address * direct alias",
     "miles.sync.SGLangSyncer": (
-        "urls * via bucket_bytes api_key admin_key pause selector verify folder master backend "
-        "timeout assume_version"
+        "urls * via bucket_bytes in_place api_key admin_key pause selector verify folder master "
+        "backend timeout assume_version"
     ),
     "miles.sync.DiskSyncer": ("folder * delta full_every keep shard_bytes level trainers progress"),
     "miles.sync.DiskReceiver": "target folder * poll_seconds",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from miles.errors import SyncError
 
-__all__ = ["allocate", "attach", "export"]
+__all__ = ["allocate", "allocation", "attach", "export"]
 
 _LAZY_PEER_ACCESS = 1
 _OUT_OF_MEMORY = 2
@@ -123,13 +123,28 @@ def allocate(device: int, nbytes: int) -> Tensor:
     return _Block(device, pointer.value, nbytes, "cuMemFree_v2").tensor()
 
 
-def export(memory: Tensor) -> bytes:
-    """The handle with which another process attaches memory of `allocate`."""
-    handle = _Handle()
-    with _driver().device(memory.get_device()):
+def allocation(device: int, address: int) -> tuple[int, int]:
+    """Address and bytes of the allocation that an address is in."""
+    start, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    with _driver().device(device):
         _driver().call(
-            "cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(memory.data_ptr())
+            "cuMemGetAddressRange_v2",
+            ctypes.byref(start),
+            ctypes.byref(nbytes),
+            ctypes.c_uint64(address),
         )
+    return start.value, nbytes.value
+
+
+def export(device: int, address: int) -> bytes:
+    """The handle with which another process attaches an allocation.
+
+    Raises:
+        SyncError: memory that has none, as of `expandable_segments` or a memory saver.
+    """
+    handle = _Handle()
+    with _driver().device(device):
+        _driver().call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
     return bytes(handle)
 
 

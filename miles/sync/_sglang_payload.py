@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,22 +20,34 @@ from torch.multiprocessing import reductions
 from miles.errors import SyncError
 from miles.sync._buckets import whole
 
-__all__ = ["FlatBucket", "Shared", "by_handle", "by_value", "described", "flat_buckets"]
+__all__ = [
+    "Block", "FlatBucket", "InPlace", "Shared", "by_handle", "by_place", "by_value", "described",
+    "flat_buckets",
+]  # fmt: skip
 
 ALIGNMENT = 256
 _NO_COUNTER = b"/miles_counts_no_references"
 
 
 @dataclass(frozen=True)
-class Shared:
-    """GPU memory that servers can open."""
+class Block:
+    """GPU memory that servers can open: all of one allocation."""
 
-    memory: Tensor
-    """uint8, a whole block of the driver."""
+    address: int
+    nbytes: int
     handle: bytes
     """Its `cudaIpcMemHandle_t`."""
     gpu: str
     """UUID."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A block of ours."""
+
+    memory: Tensor
+    """uint8, all of it."""
+    block: Block
 
 
 @dataclass
@@ -52,8 +64,21 @@ class FlatBucket:
     @property
     def names(self) -> str:
         """First and last of the weights, for errors."""
-        first, last = self.metadata[0].name, self.metadata[-1].name
-        return first if first == last else f"{first} to {last}"
+        return _first_and_last([weight.name for weight in self.metadata])
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Weights that servers read where the trainer has them."""
+
+    names: str
+    """First and last of them, for errors."""
+    nbytes: int
+    payload: str
+
+
+def _first_and_last(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def flat_buckets(
@@ -106,7 +131,24 @@ def by_value(bucket: FlatBucket) -> str:
 def by_handle(bucket: FlatBucket) -> str:
     """A handle of GPU memory, for any number of server processes."""
     assert bucket.shared is not None
-    return _encode(_Handle(bucket.shared, bucket.flat.numel()), bucket)
+    return _encode(_Handle(bucket.shared.block, torch.uint8, bucket.flat.numel()), bucket)
+
+
+def by_place(weights: Sequence[tuple[str, Tensor, Block]]) -> InPlace:
+    """Views of the blocks that weights lie in, each of which a server opens once."""
+    handles: dict[tuple[int, torch.dtype], _Handle] = {}
+    named = []
+    for name, tensor, block in weights:
+        whole, size = (block.address, tensor.dtype), tensor.itemsize
+        if whole not in handles:
+            handles[whole] = _Handle(block, tensor.dtype, block.nbytes // size)
+        at = (tensor.data_ptr() - block.address) // size
+        named.append((name, _View(handles[whole], tuple(tensor.shape), tensor.stride(), at)))
+    return InPlace(
+        names=_first_and_last([name for name, _, _ in weights]),
+        nbytes=sum(tensor.nbytes for _, tensor, _ in weights),
+        payload=_pickled(named),
+    )
 
 
 def described(name: str, tensor: Tensor, start: int) -> SimpleNamespace:
@@ -128,19 +170,34 @@ class _Handle:
     answer says.
     """
 
-    def __init__(self, shared: Shared, nbytes: int) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, count: int) -> None:
         self._arguments = (
-            Tensor, (nbytes,), (1,), 0,
-            torch.storage.TypedStorage, torch.uint8, shared.gpu, shared.handle,
-            shared.memory.numel(), 0, False, _NO_COUNTER, 0, bytes(64), False,
+            Tensor, (count,), (1,), 0,
+            torch.storage.TypedStorage, dtype, block.gpu, block.handle,
+            block.nbytes, 0, False, _NO_COUNTER, 0, bytes(64), False,
         )  # fmt: skip
 
     def __reduce__(self) -> Any:
         return reductions.rebuild_cuda_tensor, self._arguments
 
 
+class _View:
+    """A part of what another object stands for, which is pickled once for all of its parts."""
+
+    def __init__(
+        self, whole: _Handle, shape: tuple[int, ...], stride: tuple[int, ...], at: int
+    ) -> None:
+        self._arguments = whole, shape, stride, at
+
+    def __reduce__(self) -> Any:
+        return torch.as_strided, self._arguments
+
+
 def _encode(tensor: Tensor | _Handle, bucket: FlatBucket) -> str:
-    content = {"flattened_tensor": tensor, "metadata": bucket.metadata}
+    return _pickled({"flattened_tensor": tensor, "metadata": bucket.metadata})
+
+
+def _pickled(content: Any) -> str:
     return base64.b64encode(pickle.dumps(content, protocol=4)).decode()
 
 

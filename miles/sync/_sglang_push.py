@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miles.errors import SyncError
 from miles.sync._sglang_client import Client
-from miles.sync._sglang_payload import FlatBucket, flat_buckets
+from miles.sync._sglang_payload import FlatBucket, InPlace, flat_buckets
 
 __all__ = ["Sent", "ended", "noted", "write_folder"]
 
@@ -27,7 +27,7 @@ class Sent:
     """What one push has sent."""
 
     def __init__(self) -> None:
-        self.tensors = self.bytes = self.buckets = 0
+        self.tensors = self.bytes = self.buckets = self.in_place = 0
         self.waited = 0.0
         self.phases: dict[str, float] = {}
         self.rows: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ def noted(
         raise SyncError(f"verify names {sorted(missing)}, which were not among the weights")
 
 
-def ended(calls: list[Future[Any]], bucket: FlatBucket | None) -> None:
+def ended(calls: list[Future[Any]], bucket: FlatBucket | InPlace | None) -> None:
     """Wait for calls; raise the first error, with the bucket's weights where it is about one."""
     wait(calls)
     for call in calls:

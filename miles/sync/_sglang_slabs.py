@@ -21,7 +21,7 @@ from miles.sync import _copies, _cuda_driver
 from miles.sync._buckets import whole
 from miles.sync._checksum import BLOCK
 from miles.sync._copies import Pieces
-from miles.sync._sglang_payload import FlatBucket, Shared, described
+from miles.sync._sglang_payload import Block, FlatBucket, Shared, described
 
 __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
@@ -41,6 +41,14 @@ class Memory(Protocol):
         """Memory on a device; freed when it is let go of."""
         ...
 
+    def allocation(self, tensor: Tensor) -> tuple[int, int]:
+        """Address and bytes of the allocation that a tensor lies in."""
+        ...
+
+    def block(self, device: torch.device, address: int, nbytes: int) -> Block | None:
+        """An allocation, for servers to open; None if they can't."""
+        ...
+
 
 class CudaMemory:
     """The CUDA driver's."""
@@ -56,8 +64,22 @@ class CudaMemory:
     def allocate(self, device: torch.device, nbytes: int) -> Shared:
         """See `Memory.allocate`."""
         memory = _cuda_driver.allocate(device.index, nbytes)
+        return Shared(memory, self._block(device, memory.data_ptr(), memory.numel()))
+
+    def allocation(self, tensor: Tensor) -> tuple[int, int]:
+        """See `Memory.allocation`."""
+        return _cuda_driver.allocation(tensor.get_device(), tensor.data_ptr())
+
+    def block(self, device: torch.device, address: int, nbytes: int) -> Block | None:
+        """See `Memory.block`."""
+        try:
+            return self._block(device, address, nbytes)
+        except SyncError:  # `expandable_segments`, or a memory saver
+            return None
+
+    def _block(self, device: torch.device, address: int, nbytes: int) -> Block:
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return Shared(memory, _cuda_driver.export(memory), uuid)
+        return Block(address, nbytes, _cuda_driver.export(device.index, address), uuid)
 
 
 class Slabs:

@@ -130,7 +130,7 @@ class CudaMemory:
         memory = _cuda_driver.allocate(self.device.index, max(nbytes, 1))
         shared = {
             "gpu": _uuid(self.device.index),
-            "handle": _cuda_driver.export(memory).hex(),
+            "handle": _cuda_driver.export(memory.get_device(), memory.data_ptr()).hex(),
             "nbytes": memory.numel(),
             "process": _PROCESS,
         }

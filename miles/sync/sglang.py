@@ -7,7 +7,7 @@ import itertools
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,9 +19,10 @@ from miles.protocols import SyncReport
 from miles.sync._plan import at_once, check_version
 from miles.sync._sglang_client import MIXED, Client
 from miles.sync._sglang_group import Group
-from miles.sync._sglang_payload import FlatBucket, by_handle, by_value, flat_buckets
+from miles.sync._sglang_in_place import WORTH, split
+from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
 from miles.sync._sglang_push import Sent, ended, noted, write_folder
-from miles.sync._sglang_slabs import DEPTH, Slabs
+from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
 
 __all__ = ["SGLangSyncer"]
 
@@ -42,7 +43,9 @@ class SGLangSyncer:
     a whole one, puts them right. What fails earlier changes nothing.
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
-    Each bucket is filled while servers load the one before.
+    Each bucket is filled while servers load the one before. `"cuda_ipc"` makes none of weights that
+    lie in large allocations, such as a Megatron trainer's parameter buffers: servers read those
+    where they are, in one call.
 
     Args:
         urls: addresses of the servers, one for each replica.
@@ -52,6 +55,8 @@ class SGLangSyncer:
         bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time,
             which `"cuda_ipc"` keeps from push to push. Fewer calls
             make a push faster: larger ones are.
+        in_place: for `"cuda_ipc"`: whether servers may read weights where they are. Only those of a
+            list, a tuple or the items of a dict: what a generator gives may be gone by then.
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
@@ -83,6 +88,7 @@ class SGLangSyncer:
         *,
         via: Via = "cuda_ipc",
         bucket_bytes: int = 1 << 29,
+        in_place: bool = True,
         api_key: str | None = None,
         admin_key: str | None = None,
         pause: Literal["abort", "retract"] | None = "abort",
@@ -124,7 +130,9 @@ class SGLangSyncer:
         # A server's weight version is the policy's, so a draft model has one of its own, kept here.
         self._drafts, self._drafted = selector == "draft", 0
         self._group: Group | None = None
-        self._slabs = Slabs(bucket_bytes)
+        self._in_place = in_place
+        self._memory: Memory = CudaMemory()
+        self._slabs = Slabs(bucket_bytes, self._memory)
         self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
@@ -145,7 +153,7 @@ class SGLangSyncer:
             version=version,
             num_tensors=sent.tensors,
             num_bytes=sent.bytes,
-            copied_bytes=sent.bytes * (1 + len(behind)),
+            copied_bytes=sent.bytes * (1 + len(behind)) - sent.in_place,
             seconds=time.perf_counter() - start,
             num_buckets=sent.buckets,
             phases=sent.phases,
@@ -284,9 +292,16 @@ class SGLangSyncer:
         if self._via == "disk":
             path = self._write(noted(weights, sent, self._verify), version, sent)
             return lambda: self._by_disk(path, to, sent)
-        named = noted(weights, sent, self._verify)
+        named: Iterable[tuple[str, Tensor]] = noted(weights, sent, self._verify)
+        buckets: Iterator[FlatBucket | InPlace]
         if self._via == "cuda_ipc":
-            buckets = self._slabs.buckets(named, together=at_once(weights))
+            together, here = at_once(weights), None
+            if together and self._in_place:
+                here, named = split(named, self._memory, WORTH)
+            buckets = self._slabs.buckets(named, together=together)
+            if here is not None:
+                sent.in_place = here.nbytes
+                buckets = itertools.chain([here], buckets)
         else:
             on_gpu = self._via == "distributed" and self._backend == "nccl"
             buckets = flat_buckets(
@@ -300,8 +315,10 @@ class SGLangSyncer:
             raise SyncError("no weights were given; expected those of the whole model")
         return lambda: self._by_buckets(itertools.chain([first], buckets), to, sent)
 
-    def _by_buckets(self, buckets: Iterable[FlatBucket], to: list[Client], sent: Sent) -> None:
-        start = self._broadcast if self._via == "distributed" else self._deliver
+    def _by_buckets(
+        self, buckets: Iterable[FlatBucket | InPlace], to: list[Client], sent: Sent
+    ) -> None:
+        start: Any = self._broadcast if self._via == "distributed" else self._deliver
         depth = DEPTH if self._via == "cuda_ipc" else 1
         under_way: deque[Callable[[], None]] = deque()
         try:
@@ -317,14 +334,18 @@ class SGLangSyncer:
                 with contextlib.suppress(SyncError):
                     finish()
 
-    def _deliver(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
+    def _deliver(self, bucket: FlatBucket | InPlace, to: list[Client]) -> Callable[[], None]:
         """Start to hand over a bucket; what ends it."""
         calls = []
-        payload = by_value(bucket) if self._via == "value" else by_handle(bucket)
+        load_format: str | None = "flattened_bucket"
+        if isinstance(bucket, InPlace):
+            payload, load_format = bucket.payload, None
+        else:
+            payload = by_value(bucket) if self._via == "value" else by_handle(bucket)
         for client in to:
             body: dict[str, Any] = {
                 "serialized_named_tensors": [payload] * client.tp_size,
-                "load_format": "flattened_bucket",
+                "load_format": load_format,
                 "flush_cache": False,
             }
             path = "/update_weights_from_tensor"

@@ -20,7 +20,7 @@ import transformers
 from miles.errors import SyncError
 from miles.losses import token_logprobs
 from miles.rollout import SamplingParams, SGLangEngine, SGLangServer, collate
-from miles.sync import SGLangSyncer
+from miles.sync import SGLangSyncer, sglang
 
 SITE = os.environ.get("MILES_SGLANG_SITE", "")
 PYTHON = os.environ.get("MILES_SGLANG_PYTHON", sys.executable)
@@ -109,9 +109,31 @@ def test_the_servers_logprobs_become_the_trainers(server, tmp_path, via):
     assert gap(SGLangEngine(server.url), model(0), version) > 1
 
 
-def test_many_pushes_leak_nothing_on_either_side(server):
+def test_weights_are_read_where_they_are(server, monkeypatch):
+    monkeypatch.setattr(sglang, "WORTH", 1)
+    with (
+        closing(SGLangSyncer(server.url)) as syncer,
+        closing(SGLangEngine(server.url)) as engine,
+    ):
+        for how in ("of their own", "in one allocation"):
+            version = next(VERSIONS)
+            trained = model(version)
+            if how == "in one allocation":
+                pool = torch.cat([p.detach().flatten() for p in trained.parameters()])
+                parts = pool.split([p.numel() for p in trained.parameters()])
+                for parameter, part in zip(trained.parameters(), parts, strict=True):
+                    parameter.data = part.view_as(parameter)
+            report = syncer.push(trained.state_dict().items(), version=version)
+            assert report.num_buckets == 1 and report.copied_bytes == report.num_bytes
+            assert gap(engine, trained, version) < MEAN_GAP
+            print(how, report.summary())
+
+
+@pytest.mark.parametrize("worth", [1, sglang.WORTH])
+def test_many_pushes_leak_nothing_on_either_side(server, monkeypatch, worth):
     trained = model(1)
     used = []
+    monkeypatch.setattr(sglang, "WORTH", worth)
     with closing(SGLangSyncer(server.url, bucket_bytes=BUCKET)) as syncer:
         for turn in range(60):
             syncer.push(trained.state_dict().items(), version=next(VERSIONS))

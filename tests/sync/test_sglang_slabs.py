@@ -10,7 +10,7 @@ from torch.multiprocessing import reductions
 from miles.errors import SyncError
 from miles.sync import SGLangSyncer
 from miles.sync._checksum import BLOCK
-from miles.sync._sglang_payload import Shared, by_handle
+from miles.sync._sglang_payload import Block, Shared, by_handle
 from miles.sync._sglang_slabs import DEPTH, Slabs
 from tests.sync.test_sglang import Server, load, same, weights
 
@@ -20,21 +20,37 @@ class Memory:
 
     def __init__(self):
         self.held: dict[bytes, torch.Tensor] = {}
+        self.storages: dict[int, torch.UntypedStorage] = {}
 
     def check(self, name, tensor):
         assert tensor.device.type == "cpu", name
 
     def allocate(self, device, nbytes):
+        made = torch.full((nbytes,), 171, dtype=torch.uint8, device=device)
+        return Shared(made, self._held(made))
+
+    def allocation(self, tensor):
+        """A storage, here."""
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage
+        return storage.data_ptr(), storage.nbytes()
+
+    def block(self, device, address, nbytes):
+        storage = self.storages[address]
+        assert storage.nbytes() == nbytes
+        return self._held(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+    def _held(self, memory):
         handle = len(self.held).to_bytes(64, "little")
-        self.held[handle] = torch.full((nbytes,), 171, dtype=torch.uint8, device=device)
-        return Shared(self.held[handle], handle, "GPU-1")
+        self.held[handle] = memory
+        return Block(memory.data_ptr(), memory.numel(), handle, "GPU-1")
 
     def rebuild(
         self, kind, size, stride, offset, storage, dtype, gpu, handle, nbytes, first, grad,
         counter, at, event, wait,
     ):  # fmt: skip
         """As torch's, with the types that it wants."""
-        assert (kind, storage, dtype) == (torch.Tensor, torch.storage.TypedStorage, torch.uint8)
+        assert (kind, storage) == (torch.Tensor, torch.storage.TypedStorage)
         assert (stride, offset, gpu, first, grad, at, wait) == (
             (1,),
             0,
@@ -46,7 +62,7 @@ class Memory:
         )
         assert type(counter) is bytes and type(event) is bytes and len(handle) == len(event) == 64
         assert nbytes == self.held[handle].numel()
-        return self.held[handle][: size[0]]
+        return self.held[handle][: size[0] * dtype.itemsize].view(dtype)
 
 
 @pytest.fixture
@@ -63,7 +79,7 @@ def memory(monkeypatch):
 
 def syncer_for(memory, *servers, bucket_bytes=BLOCK, **options):
     syncer = SGLangSyncer([s.url for s in servers], bucket_bytes=bucket_bytes, **options)
-    syncer._slabs = Slabs(bucket_bytes, memory)
+    syncer._memory, syncer._slabs = memory, Slabs(bucket_bytes, memory)
     return syncer
 
 
@@ -197,8 +213,9 @@ def test_the_driver_is_asked_for_memory_on_the_gpu_of_the_weights(monkeypatch):
 
     block = torch.empty(8192, dtype=torch.uint8)
     monkeypatch.setattr(_cuda_driver, "allocate", lambda index, nbytes: block[: nbytes + index])
-    monkeypatch.setattr(_cuda_driver, "export", lambda memory: bytes(64))
+    monkeypatch.setattr(_cuda_driver, "export", lambda index, address: bytes([index]) * 64)
     properties = type("Properties", (), {"uuid": "GPU-uuid"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     shared = CudaMemory().allocate(torch.device("cuda", 3), 4096)
-    assert (shared.memory.numel(), shared.handle, shared.gpu) == (4099, bytes(64), "GPU-uuid")
+    assert shared.memory.numel() == 4099
+    assert shared.block == Block(block.data_ptr(), 4099, bytes([3]) * 64, "GPU-uuid")

@@ -1,0 +1,66 @@
+"""Which weights SGLang servers read where the trainer has them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from miles.errors import SyncError
+from miles.sync._sglang_payload import Block, InPlace, by_place
+from miles.sync._sglang_slabs import Memory
+
+__all__ = ["WORTH", "split"]
+
+WORTH = 1 << 28
+"""Bytes of weights from which on to open their allocation costs a server less than a copy."""
+
+Named = list[tuple[str, Tensor]]
+
+
+def split(
+    weights: Iterable[tuple[str, Tensor]], memory: Memory, worth: int
+) -> tuple[InPlace | None, Named]:
+    """Weights that are read in place, if any, when what was queued is done, and the others.
+
+    Args:
+        weights: (name, tensor) pairs, all of which stay as they are until servers have read them.
+        memory: what they lie in.
+        worth: bytes that an allocation has to hold of them.
+
+    Raises:
+        SyncError: a name came twice; a tensor is not on a GPU.
+    """
+    seen: set[str] = set()
+    placed: dict[tuple[torch.device, int, int], Named] = defaultdict(list)
+    others: Named = []
+    start = end = 0
+    for name, tensor in weights:
+        if name in seen:
+            raise SyncError(f"{name} came twice; expected each weight once")
+        seen.add(name)
+        memory.check(name, tensor)
+        # Sharded ones are gathered, which makes others of them.
+        if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
+            others.append((name, tensor))
+            continue
+        if not start <= tensor.data_ptr() < end:
+            start, nbytes = memory.allocation(tensor)
+            end = start + nbytes
+        aligned = (tensor.data_ptr() - start) % tensor.itemsize == 0
+        (placed[tensor.device, start, end] if aligned else others).append((name, tensor))
+    found: list[tuple[str, Tensor, Block]] = []
+    for (device, start, end), named in placed.items():
+        large = sum(tensor.nbytes for _, tensor in named) >= worth
+        block = memory.block(device, start, end - start) if large else None
+        if block is None:
+            others += named
+        else:
+            found += [(name, tensor.detach(), block) for name, tensor in named]
+    for device in {tensor.device for _, tensor, _ in found}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return (by_place(found) if found else None), others
