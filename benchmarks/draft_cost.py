@@ -127,14 +127,14 @@ class Step:
             if trainer is None:
                 logits_BLV = self.policy(ids_BL, use_cache=False).logits
             else:
-                with trainer.capture():
+                with trainer.capture(mask_BL):
                     logits_BLV = self.policy(ids_BL, use_cache=False).logits
             targets_BL = torch.where(mask_BL, ids_BL.roll(-1, 1), -100)
             logprobs_T = token_logprobs(logits_BLV.flatten(0, 1), targets_BL.flatten())
             (-logprobs_T.sum() / self.num_tokens).backward()
             del logits_BLV, logprobs_T
             if trainer is not None and learn:
-                trainer.observe(mask_BL)
+                trainer.observe()
             elif trainer is not None:
                 trainer.discard()
         self.optimizer.step()

@@ -9,18 +9,29 @@ Without `--policy` the policy is SmolLM2-135M-Instruct as it comes; without `--d
 draft learns the policy's answers here, from scratch, for `--train-seconds`. Prompts are those of
 `examples/speculative_smollm2.py`, or random tokens for a policy without a tokenizer.
 
-A turn is `batch` requests sent at once, at temperature 1, and ends when the last answer is there;
-prefill counts. Without `--until-end` every answer has `--new-tokens` tokens, whatever ends in it,
-so that the work is the same for all. The draft trained here has learnt such answers; one of an RL
-run has never seen what comes after an end, so `--new-tokens` has to be fewer than its answers have.
-With `--until-end` lengths differ, and the tokens that came are counted.
+A turn is `waves` times `batch` requests, of which never more than `batch` are on their way: as one
+answer comes, the next request goes out. So the batch is full until the last wave, as in a rollout;
+with `--waves 1` all go out at once, and rows that a draft ends early leave the batch to shrink. A
+turn ends when the last answer is there, at temperature 1; prefill counts.
+
+Without `--until-end` every answer has the length that it is to have, whatever ends in it, so that
+the work is the same for all: `--new-tokens` in one wave, and in several an even spread from
+`--shortest` of that. Were lengths alike there (`--shortest 1`), rows without a draft would end
+together and share a prefill, and those with one would not: in 4 waves of 8 answers of 64 tokens, 4
+passes over prompts against 13, and 23 against 22 with the spread. In 4 waves of 64 it is 102
+against 41, since with a draft more rows end in the same step. No `CostModel` counts them.
+
+The draft trained here has learnt such answers; one of an RL run has never seen what comes after an
+end, so `--new-tokens` has to be fewer than its answers have. With `--until-end` the tokens that
+came are counted.
 
 Variants are `plain` without a draft, `off` with one that is never asked, `K draft tokens`, and
 `controller`, which chooses up to the largest K by acceptance and by a `CostModel` fitted to a
 calibration in this process: plain steps and steps of every K, at powers of two up to the largest
-batch. They take turns in an order that rotates, after four turns each that are not timed, in which
-shapes of steps are captured. `speedup` is the median over repeats of the tokens per second over
-that of `plain` in the same repeat.
+batch. They take turns in an order that rotates, with engines that have room for `batch` requests.
+Turns before, four of one wave or two of several, are not timed: shapes of steps are captured there.
+`speedup` is the median over repeats of the tokens per second over that of `plain` in the same
+repeat.
 
 Both servers run at once and take turns likewise, on one GPU or on those of `--server-gpus`. They
 have CUDA graphs for decoding, unless `--no-server-graphs`. SGLang 0.5.17 rejects as a draft's
@@ -33,11 +44,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import random
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +79,16 @@ from grpo_smollm2 import load_smollm2  # examples are no package
 from speculative_rl import answers_to, train_draft
 from speculative_smollm2 import WorkedSums
 
-WARM_UP = 4
+CALIBRATIONS = 4
 SERVER_FLAGS = (
     "--skip-tokenizer-init", "--dtype", "bfloat16", "--attention-backend", "triton",
     "--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3",
 )  # fmt: skip
 PLAIN = "plain"
 
-Ask = Callable[[list[list[int]], SamplingParams, Sequence[int]], list[Sample]]
-"""Prompts, how to sample and a seed for each prompt, to the answers."""
+Asked = tuple[list[int], SamplingParams]
+Ask = Callable[[Sequence[Asked]], list[Sample]]
+"""Prompts, each with how to sample, to the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +116,15 @@ class Config:
     embedded: bool = True
     """Measure `HFEngine`."""
     batches: tuple[int, ...] = (1, 8, 64)
-    """Requests at once."""
+    """Requests on their way at once."""
+    waves: int = 4
+    """Times as many requests make a turn."""
     draft_tokens: tuple[int, ...] = (1, 3, 5)
     """Numbers of draft tokens."""
     new_tokens: int = 128
-    """Tokens of an answer."""
+    """Tokens of the longest answer."""
+    shortest: float = 0.5
+    """Share of them that the shortest answer has, if there are several waves."""
     until_end: bool = False
     """Whether an answer may end before that."""
     temperature: float = 1.0
@@ -135,9 +155,31 @@ class Config:
             ignore_eos=not self.until_end,
         )  # fmt: skip
 
+    @property
+    def shortest_tokens(self) -> int:
+        """Tokens that no answer has fewer of, if none may end by itself."""
+        alike = self.waves == 1 or self.until_end
+        return self.new_tokens if alike else max(1, round(self.shortest * self.new_tokens))
+
+    @property
+    def warm_up(self) -> int:
+        """Turns that are not timed."""
+        return 4 if self.waves == 1 else 2
+
 
 def load(config: Config) -> tuple[Any, Any]:
     """The policy as the engine runs it, and its tokenizer or None."""
+    if config.waves < 1 or not 0 < config.shortest <= 1:
+        raise SystemExit(
+            f"--waves is {config.waves} and --shortest {config.shortest}; expected 1 or more "
+            "waves, and a share above 0 and up to 1"
+        )
+    for name, folder in {"policy": config.policy, "draft": config.draft}.items():
+        if folder is not None and not folder.is_dir():
+            raise SystemExit(
+                f"--{name} is {folder}, where there is no folder; expected one that --save or "
+                f"{'save_pretrained' if name == 'policy' else 'export_draft'} has written"
+            )
     if config.policy is None:
         model, tokenizer = load_smollm2()
     else:
@@ -209,7 +251,7 @@ def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[in
         model, max_batch=max(batches), draft=draft, draft_steps=most,
         controller=InTurn([0, *config.draft_tokens]),
     )  # fmt: skip
-    for _ in range(WARM_UP):  # medians, so that captures of graphs don't count
+    for _ in range(CALIBRATIONS):  # medians, so that captures of graphs don't count
         for batch in sorted(batches):
             answers_to(engine, list(itertools.islice(prompts, batch)), config.params, range(batch))
     costs = [sample for sample in engine.step_costs() if sample.batch in batches]
@@ -231,25 +273,57 @@ def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[in
 def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
     cost = calibrated(config, model, draft, prompts)
     server.say(f"fitted: {cost}")
-    size, most = max(config.batches), max(config.draft_tokens)
+    most = max(config.draft_tokens)
     controller = DraftController(cost, max_steps=most)
     options: dict[str, dict[str, Any]] = {PLAIN: {}}
     for number in config.draft_tokens:
-        options[f"{number} draft tokens"] = {"draft": draft, "draft_steps": number}
+        options[of_tokens(number)] = {"draft": draft, "draft_steps": number}
     options["off"] = {"draft": draft, "draft_steps": most, "controller": InTurn([0])}
     options["controller"] = {"draft": draft, "draft_steps": most, "controller": controller}
-    engines = {name: HFEngine(model, max_batch=size, **more) for name, more in options.items()}
-    asks: dict[str, Ask] = {
-        name: lambda asked, params, seeds, engine=engine: answers_to(engine, asked, params, seeds)
-        for name, engine in engines.items()
-    }
-    rows = measured(config, asks, prompts)
+    rows = measured(config, lambda batch: engines(config, model, options, batch), prompts)
     for batch in config.batches:
         speedups = " ".join(f"{speedup:.2f}" for speedup in controller.speedups(batch))
         server.say(f"predicted at batch {batch} for 0 to {most} draft tokens: {speedups}")
-    for engine in engines.values():
-        engine.close()
     return [{"engine": "HFEngine"} | row for row in rows]
+
+
+def of_tokens(number: int) -> str:
+    """The name of a variant."""
+    return f"{number} draft token{'s' if number > 1 else ''}"
+
+
+@contextlib.contextmanager
+def engines(
+    config: Config, model: Any, options: Mapping[str, Mapping[str, Any]], batch: int
+) -> Iterator[dict[str, Ask]]:
+    """An engine for each variant, with room for `batch` requests; the others wait in it."""
+    made = [HFEngine(model, max_batch=batch, **more) for more in options.values()]
+    pairs = zip(options, made, strict=True)
+    asks = {name: partial(answers, engine, config.waves * batch) for name, engine in pairs}
+    try:
+        yield asks
+    finally:
+        while made:
+            made.pop().close()
+        asks.clear()  # who was given it would hold the engines until those of the next batch
+        release()
+
+
+def release() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def answers(engine: Any, at_once: int, asked: Sequence[Asked]) -> list[Sample]:
+    """Of an engine of ours that never has more than `at_once` requests to answer."""
+    room, futures = threading.Semaphore(at_once), []
+    for prompt, params in asked:
+        room.acquire()
+        futures.append(engine.submit(prompt, params))
+        futures[-1].add_done_callback(lambda _: room.release())
+    return [future.result() for future in futures]
 
 
 def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
@@ -257,7 +331,7 @@ def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[s
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model.to("cpu", torch.bfloat16).save_pretrained(folder / "policy")
         export_draft(draft, folder / "draft", dtype=torch.bfloat16)
-        number, name = config.server_draft_tokens, "{} draft tokens"
+        number, name = config.server_draft_tokens, of_tokens(config.server_draft_tokens)
         flags = [
             "--speculative-algorithm", "EAGLE3",
             "--speculative-draft-model-path", str(folder / "draft"),
@@ -268,17 +342,19 @@ def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[s
             flags.append("--speculative-use-rejection-sampling")
         else:
             name += ", target-only"
-        variants = {PLAIN: [], name.format(number): flags}
+        variants = {PLAIN: [], name: flags}
         gpus = itertools.cycle(config.server_gpus.split(","))
-        asks: dict[str, Ask] = {}
+        clients: dict[str, SGLangEngine] = {}
         for variant, more in variants.items():
             url = stack.enter_context(serving(config, folder, more, next(gpus))).url
             server.say(f"{variant}: the server has answered")
-            engine = stack.enter_context(contextlib.closing(SGLangEngine(url)))
-            asks[variant] = lambda asked, params, _, engine=engine: answers_to(
-                engine, asked, params, itertools.repeat(None)
-            )
-        rows = measured(config, asks, prompts)
+            clients[variant] = stack.enter_context(contextlib.closing(SGLangEngine(url)))
+
+        def asks_at(batch: int) -> AbstractContextManager[dict[str, Ask]]:
+            pairs = clients.items()
+            return contextlib.nullcontext({n: partial(answers, one, batch) for n, one in pairs})
+
+        rows = measured(config, asks_at, prompts, seeded=False)
     return [{"engine": server.sglang_version(config)} | row for row in rows]
 
 
@@ -308,28 +384,50 @@ def serving(config: Config, folder: Path, flags: Sequence[str], gpu: str) -> Ite
 
 
 def measured(
-    config: Config, asks: dict[str, Ask], prompts: Iterator[list[int]]
+    config: Config,
+    asks_at: Callable[[int], AbstractContextManager[dict[str, Ask]]],
+    prompts: Iterator[list[int]],
+    *,
+    seeded: bool = True,
 ) -> list[dict[str, Any]]:
     """A row for each batch and variant."""
     rows = []
     for batch in config.batches:
-        speeds: dict[str, list[float]] = {name: [] for name in asks}
-        counts = {name: SpeculativeStats(**dict.fromkeys(COUNTS, 0)) for name in asks}
-        names = list(asks)
-        for turn in range(config.repeats + WARM_UP):
-            asked = list(itertools.islice(prompts, batch))
-            seeds = range(turn * batch, (turn + 1) * batch)
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                synchronize()
-                start = time.perf_counter()
-                samples = asks[name](asked, config.params, seeds)
-                seconds = time.perf_counter() - start
-                if turn >= WARM_UP:
-                    speeds[name].append(sum(len(s.response_tokens) for s in samples) / seconds)
-                    counts[name] = sum((counts_of(sample) for sample in samples), counts[name])
+        with asks_at(batch) as asks:
+            speeds: dict[str, list[float]] = {name: [] for name in asks}
+            counts = {name: SpeculativeStats(**dict.fromkeys(COUNTS, 0)) for name in asks}
+            names = list(asks)
+            for turn in range(config.repeats + config.warm_up):
+                asked = turn_of(config, batch, turn, prompts, seeded=seeded)
+                first = turn % len(names)
+                for name in names[first:] + names[:first]:
+                    synchronize()
+                    start = time.perf_counter()
+                    samples = asks[name](asked)
+                    seconds = time.perf_counter() - start
+                    if turn >= config.warm_up:
+                        speeds[name].append(sum(len(s.response_tokens) for s in samples) / seconds)
+                        counts[name] = sum(map(counts_of, samples), counts[name])
         rows += summaries(config, batch, speeds, counts)
     return rows
+
+
+def turn_of(
+    config: Config, batch: int, turn: int, prompts: Iterator[list[int]], *, seeded: bool
+) -> list[Asked]:
+    """The requests of a turn, the same for all variants."""
+    number, lengths = config.waves * batch, random.Random(turn)
+    return [
+        (
+            prompt,
+            replace(
+                config.params,
+                seed=turn * number + index if seeded else None,
+                max_new_tokens=lengths.randint(config.shortest_tokens, config.new_tokens),
+            ),
+        )
+        for index, prompt in enumerate(itertools.islice(prompts, number))
+    ]
 
 
 COUNTS = ("num_verify_steps", "num_proposed", "num_accepted", "num_tokens")
@@ -349,7 +447,8 @@ def summaries(
         median, p20, p80 = spread(values)
         speedup, speedup_p20, speedup_p80 = spread(ratios)
         row: dict[str, Any] = {
-            "variant": name, "batch": batch, "new_tokens": config.new_tokens,
+            "variant": name, "batch": batch, "waves": config.waves,
+            "new_tokens": config.new_tokens, "shortest": config.shortest_tokens,
             "until_end": config.until_end, "repeats": len(values),
             "tokens_per_second": round(median), "p20": round(p20), "p80": round(p80),
             "speedup": f"{speedup:.3f}", "speedup_p20": f"{speedup_p20:.3f}",
@@ -392,9 +491,7 @@ def main(config: Config) -> None:
     parts += [servers] if config.server_site else []
     for part in parts:
         append(config.out, [common | row for row in part(config, model, draft, prompts)])
-        gc.collect()
-        if config.device == "cuda":
-            torch.cuda.empty_cache()
+        release()
         server.say(f"{part.__name__}: {time.perf_counter() - start:.0f} s so far")
 
 

@@ -336,9 +336,9 @@ def delta_sparsity() -> str:
 
 
 def speculative() -> str:
-    """Tokens a second of rollouts with a draft and without, by batch."""
+    """Tokens a second of rollouts with a draft and without, by requests on their way at once."""
     lines = [
-        "| hardware, date, commit | policy, draft | engine | batch | variant"
+        "| hardware, date, commit | policy, draft | engine | in flight, of | variant"
         " | tokens a second (p20 to p80) | times plain (p20 to p80) | accept length |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -346,7 +346,9 @@ def speculative() -> str:
         speed = "{tokens_per_second} ({p20} to {p80})".format(**row)
         times = [f"{float(row[f'speedup{end}']):.2f}" for end in ("", "_p20", "_p80")]
         cells = [f"{row['hardware']}, {row['date']}, {row['commit']}"]
-        cells += [f"{row['policy']}, {row['draft']}", row["engine"], row["batch"], row["variant"]]
+        batch, waves = int(row["batch"]), int(row["waves"])
+        cells += [f"{row['policy']}, {row['draft']}", row["engine"]]
+        cells += [f"{batch} of {waves * batch}", row["variant"]]
         cells += [speed, "{} ({} to {})".format(*times)]
         cells += [f"{float(row['accept_length']):.2f}" if row["accept_length"] else ""]
         lines.append(f"| {' | '.join(cells)} |")

@@ -109,9 +109,9 @@ def train_draft(
             answers = sampled(4 * micro_batch_size)
         picked = random.Random(update).sample(answers, micro_batch_size)
         batch = collate(picked).to(device)
-        with trainer.capture(), torch.no_grad():
+        with trainer.capture(batch.packed), torch.no_grad():
             policy(input_ids=batch.input_ids_BL, attention_mask=batch.attention_mask_BL)
-        trainer.observe(batch.packed)
+        trainer.observe()
         metrics = trainer.step()
         last = update == updates - 1 or time.monotonic() > end
         if update % 50 == 0 or last:
@@ -209,9 +209,9 @@ class Speculation:
         batch = self._batches.get(id(input_ids))
         if batch is None or not torch.is_grad_enabled():
             return self._model(input_ids=input_ids, attention_mask=attention_mask)
-        with self.trainer.capture():
+        with self.trainer.capture(batch.packed):
             out = self._model(input_ids=input_ids, attention_mask=attention_mask)
-        self.trainer.observe(batch.packed)
+        self.trainer.observe()
         self._readings = {k: v for k, v in self.trainer.step().items() if "acceptance" in k}
         return out
 

@@ -289,6 +289,8 @@ PARAMETERS = {
         "draft policy * lr optimizer kind steps share decay temperature mask_policy "
         "renormalize warmup_steps max_grad_norm autocast controller group"
     ),
+    "miles.rollout.speculative.DraftTrainer.capture": "self mask * seq_ids_BL",
+    "miles.rollout.speculative.DraftTrainer.observe": "self mask * seq_ids_BL captured",
     "miles.rollout.speculative.DraftController": (
         "cost * max_steps margin exploration halflife initial_acceptance train_share "
         "train_halflife min_rows"

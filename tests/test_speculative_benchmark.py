@@ -1,15 +1,21 @@
 """The benchmark of rollouts with a draft, at tiny size, with a stand-in in the server's place."""
 
 import csv
+import gc
 import importlib
+import itertools
 import math
+import random
+import threading
+import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from miles.rollout import Sample, SGLangServer
+from miles.rollout import HFEngine, Sample, SamplingParams, SGLangServer
 from miles.rollout.speculative import load_draft
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -34,10 +40,11 @@ def policy(tmp_path_factory):
     return folder
 
 
-def config(benchmark, policy, folder, **changes):
+def config(benchmark, policy, folder, /, **changes):
     settings = {
         "policy": policy, "batches": (1, 3), "draft_tokens": (1, 2), "new_tokens": 8, "repeats": 2,
         "train_updates": 2, "micro_batch_size": 2, "commit": "x", "out": folder / "rows.csv",
+        "waves": 2,
     }  # fmt: skip
     return benchmark.Config(**settings | changes)
 
@@ -77,10 +84,11 @@ def test_a_draft_is_trained_measured_kept_and_served(
     )  # fmt: skip
     found = rows(tmp_path / "rows.csv")
     own = [row for row in found if row["engine"] == "HFEngine"]
-    names = ["plain", "1 draft tokens", "2 draft tokens", "off", "controller"]
+    names = ["plain", "1 draft token", "2 draft tokens", "off", "controller"]
     assert [(row["batch"], row["variant"]) for row in own] == [(b, n) for b in "13" for n in names]
     for row in own:
-        assert int(row["tokens_per_second"]) > 0 and row["repeats"] == "2"
+        assert int(row["tokens_per_second"]) > 0 and row["repeats"] == row["waves"] == "2"
+        assert (row["new_tokens"], row["shortest"]) == ("8", "4")
         if row["variant"] == "plain":
             assert row["speedup"] == "1.000" and row["accept_length"] == ""
         elif row["variant"] == "off":
@@ -132,3 +140,105 @@ def test_a_calibration_sees_every_kind_of_step(benchmark, policy, tmp_path):
     cost = benchmark.calibrated(settings, model, draft, prompts)
     assert tokenizer is None and cost.t_draft(1) > 0
     assert math.isfinite(cost.speedup(3, [0.5, 0.5]))
+
+
+def test_a_turn_is_the_same_for_all_and_another_than_the_last(benchmark, policy, tmp_path):
+    settings = config(benchmark, policy, tmp_path, waves=3, shortest=0.3)
+    prompts = itertools.repeat([1, 2])
+    first, again, next_ = (
+        benchmark.turn_of(settings, 40, turn, prompts, seeded=True) for turn in (0, 0, 1)
+    )
+    assert first == again and len(first) == 120
+    assert [params.seed for _, params in first + next_] == list(range(240))
+    for turn in (first, next_):
+        assert {params.max_new_tokens for _, params in turn} == set(range(2, 9))
+    lengths = [[params.max_new_tokens for _, params in turn] for turn in (first, next_)]
+    assert lengths[0] != lengths[1]
+    unseeded = benchmark.turn_of(settings, 40, 0, prompts, seeded=False)
+    assert {params.seed for _, params in unseeded} == {None}
+    for changes in ({"waves": 1}, {"until_end": True}):
+        settings = config(benchmark, policy, tmp_path, **changes)
+        turn = benchmark.turn_of(settings, 40, 0, prompts, seeded=True)
+        assert {params.max_new_tokens for _, params in turn} == {8}
+        assert len(turn) == 40 * settings.waves
+
+
+class Crowd:
+    """An engine that gives an answer, to whom it likes, once `full` requests are on their way, or
+    all that will come."""
+
+    def __init__(self, full: int, total: int, fails=()) -> None:
+        self.full, self.total, self.fails = full, total, fails
+        self.changed, self.waiting, self.most = threading.Condition(), [], 0
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def submit(self, prompt, params) -> Future:
+        with self.changed:
+            self.waiting.append((prompt, Future()))
+            self.most = max(self.most, len(self.waiting))
+            self.changed.notify()
+            return self.waiting[-1][1]
+
+    def work(self) -> None:
+        rng = random.Random(0)
+        for left in range(self.total, 0, -1):
+            with self.changed:
+                size = min(self.full, left)
+                self.changed.wait_for(lambda size=size: len(self.waiting) >= size)
+                prompt, future = self.waiting.pop(rng.randrange(len(self.waiting)))
+            if prompt in self.fails:
+                future.set_exception(RuntimeError(f"no answer to {prompt}"))
+            else:
+                future.set_result(prompt)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 30])
+def test_a_window_is_full_and_never_more_than_that(benchmark, at_once):
+    asked = [([index], SamplingParams(max_new_tokens=1)) for index in range(30)]
+    crowd = Crowd(at_once, 30)
+    assert benchmark.answers(crowd, at_once, asked) == [[index] for index in range(30)]
+    assert crowd.most == at_once
+
+
+def test_a_request_that_fails_ends_a_turn_and_does_not_block_it(benchmark):
+    asked = [([index], SamplingParams(max_new_tokens=1)) for index in range(6)]
+    with pytest.raises(RuntimeError, match=r"no answer to \[1\]"):
+        benchmark.answers(Crowd(2, 6, fails=([1], [2])), 2, asked)
+
+
+def test_engines_of_a_batch_are_gone_before_those_of_the_next(
+    monkeypatch, benchmark, policy, tmp_path
+):
+    made = []
+
+    class Noted(HFEngine):
+        def __init__(self, model, *, max_batch, **settings):
+            assert all(size == max_batch for size, one in made if one() is not None)
+            super().__init__(model, max_batch=max_batch, **settings)
+            made.append((max_batch, weakref.ref(self)))
+
+    monkeypatch.setattr(benchmark, "HFEngine", Noted)
+    settings = config(benchmark, policy, tmp_path, batches=(1, 3, 2))
+    model, tokenizer = benchmark.load(settings)
+    prompts = benchmark.prompts_from(settings, model, tokenizer)
+    benchmark.embedded(settings, model, benchmark.Eagle3Draft.from_target(model), prompts)
+    gc.collect()
+    assert [size for size, _ in made] == [3, *[1] * 5, *[3] * 5, *[2] * 5]
+    assert all(one() is None for _, one in made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"policy": Path("nowhere")}, "--policy is nowhere, where there is no folder"),
+        ({"draft": Path("nowhere")}, "--draft is nowhere.*export_draft"),
+        ({"waves": 0}, "--waves is 0"),
+        ({"shortest": 0.0}, "--shortest 0.0"),
+        ({"shortest": 1.5}, "--shortest 1.5"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(
+    benchmark, policy, tmp_path, changes, text
+):
+    with pytest.raises(SystemExit, match=text):
+        benchmark.main(config(benchmark, policy, tmp_path, **changes))

@@ -62,21 +62,20 @@ class FeatureTap:
         features.append(torch.cat([output for output in outputs if output is not None], dim=-1))
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Pass:
     """What one pass read, and whose it is."""
 
     features_BLF: Tensor
-    owners: dict[Hashable, tuple[int, int]]
-    """Of each owner that has not taken its part: its row, and how many of the first tokens."""
-
-    @property
-    def size(self) -> int:
-        return self.features_BLF.shape[0] * self.features_BLF.shape[1]
+    owners: Mapping[Hashable, tuple[int, int]]
+    """Of each owner its row, and how many of the first tokens."""
+    size: int
 
 
 class UntoldFeatures:
     """What passes read of tokens that the draft has not been told; keeping it launches nothing.
+
+    A pass goes with those before it, once every owner of these has taken its part or has left.
 
     Example:
         >>> features = UntoldFeatures()
@@ -92,30 +91,51 @@ class UntoldFeatures:
 
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
+        self._first = 0
+        """The number of the oldest pass that is kept."""
+        self._since: dict[Hashable, int] = {}
+        """Of each owner, the first pass that it has not taken its part of, if there is one."""
+        self._known: Mapping[Any, tuple[int, int]] | None = None
+        """Whose owners are all in `_since`, save for those that have left."""
         self.size = 0
         """Tokens whose features are kept, padding and those of owners that have left too."""
 
     def add(self, features_BLF: Tensor, owners: Mapping[Any, tuple[int, int]]) -> None:
-        """Keep a pass: of each owner the first so many tokens of a row."""
-        self._passes.append(_Pass(features_BLF, dict(owners)))
-        self.size += self._passes[-1].size
+        """Keep a pass: of each owner the first so many tokens of a row.
+
+        The mapping is kept as it is. Where it is the last pass's own, nobody new is looked for,
+        so that a step costs the same for any number of rows.
+        """
+        if owners is not self._known:
+            number = self._first + len(self._passes)
+            for owner in owners:
+                self._since.setdefault(owner, number)
+            self._known = owners
+        rows, width, _ = features_BLF.shape
+        self._passes.append(_Pass(features_BLF, owners, rows * width))
+        self.size += rows * width
 
     def take(self, owners: Sequence[Hashable]) -> list[Tensor]:
         """`[n, F]` of each, of all its tokens that are left, in order; of three launches.
 
         Owners without any get `[0, F]`; some pass must be there.
         """
+        end = self._first + len(self._passes)
+        since = {owner: self._since.pop(owner, end) for owner in owners}
+        oldest = max(self._first, min([end - 1, *since.values()]))
         places: dict[Hashable, list[int]] = {owner: [] for owner in owners}
         parts_TF: list[Tensor] = []
         start = 0
-        for one in self._passes:
+        for number, one in enumerate(self._passes[oldest - self._first :], oldest):
             width = one.features_BLF.shape[1]
             for owner, found in places.items():
-                row, count = one.owners.pop(owner, (0, 0))
-                first = start + row * width
-                found += range(first, first + count)
+                if since[owner] <= number and owner in one.owners:
+                    row, count = one.owners[owner]
+                    first = start + row * width
+                    found += range(first, first + count)
             parts_TF.append(one.features_BLF.flatten(0, 1))
             start += one.size
+        self._known = None
         self._drop_taken()
         all_TF = parts_TF[0] if len(parts_TF) == 1 else torch.cat(parts_TF)
         index_T = torch.tensor([place for found in places.values() for place in found])
@@ -126,15 +146,19 @@ class UntoldFeatures:
 
     def forget(self, owner: Hashable) -> None:
         """The owner has left."""
-        for one in self._passes:
-            one.owners.pop(owner, None)
+        self._since.pop(owner, None)
         self._drop_taken()
 
     def drop_beyond(self, size: int) -> None:
         """Drop the oldest passes that hold none of the last so many tokens."""
         while len(self._passes) > 1 and self.size - self._passes[0].size >= size:
-            self.size -= self._passes.pop(0).size
+            self._drop(1)
 
     def _drop_taken(self) -> None:
-        self._passes = [one for one in self._passes if one.owners]
-        self.size = sum(one.size for one in self._passes)
+        oldest = min(self._since.values(), default=self._first + len(self._passes))
+        self._drop(max(0, oldest - self._first))
+
+    def _drop(self, count: int) -> None:
+        self.size -= sum(one.size for one in self._passes[:count])
+        del self._passes[:count]
+        self._first += count

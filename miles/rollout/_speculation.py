@@ -52,10 +52,12 @@ class StepController(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _State:
     """What the draft knows of a request: the tokens `first` to `told`; `told` 0: none."""
 
+    uncounted: int
+    """Generated tokens that `request.speculative` does not count, when it came in."""
     first: int = 0
     told: int = 0
 
@@ -94,17 +96,31 @@ class Speculation:
         self._memory, self._routing, self._controller = memory, routing, controller
         self._draft = draft.memory(num_slots=num_slots, max_context=max_context)
         self._states: dict[Request, _State] = {}
+        self._company: Sequence[Request] = ()
+        self._rows: dict[_State, tuple[int, int]] = {}
+        """Owners of the last plain step, which was `_company`'s."""
         self._untold = UntoldFeatures() if draft.feature_layers else None
         self._max_context, self._max_steps = max_context, num_steps
         self._vocab_size = vocab_size
         self._watch, self._begun = Stopwatch(memory.device), 0.0
-        self.acceptance, self.costs = AcceptanceStats(), StepCosts()
+        self.costs = StepCosts()
+        self._drafted = AcceptanceStats()
+        self._rested = (0, 0)
+        """Rows of all plain steps, and their tokens."""
+        self._plain = AcceptanceStats()
+        """The last of these steps."""
         most = getattr(controller, "max_steps", 0)
         if most > num_steps:
             raise SettingError(
                 f"the controller chooses up to {most} draft steps and draft_steps is {num_steps}; "
                 "expected room for all of them"
             )
+
+    @property
+    def acceptance(self) -> AcceptanceStats:
+        """How all steps so far went, plain ones too."""
+        steps, tokens = self._rested
+        return self._drafted + AcceptanceStats(num_verify_steps=steps, num_tokens=tokens)
 
     @staticmethod
     def before(sample: Sample) -> dict[str, int]:
@@ -114,12 +130,13 @@ class Speculation:
 
     def begin(self, groups: Sequence[Sequence[Request]]) -> None:
         """After a prefill, of which each group shares a row, and the first tokens."""
-        owners = {
-            request: (row, len(request.sample.tokens) - 1)
-            for row, group in enumerate(groups)
-            for request in group
-        }
-        self._states |= {request: _State() for request in owners}
+        owners = {}
+        for row, group in enumerate(groups):
+            for request in group:
+                assert request.speculative is not None
+                counted = request.speculative["num_tokens"]
+                state = self._states[request] = _State(request.num_generated - counted)
+                owners[state] = (row, len(request.sample.tokens) - 1)
         self._settle(owners)
 
     def step(self, requests: Sequence[Request], weight_version: int) -> bool:
@@ -157,18 +174,18 @@ class Speculation:
 
     def decoded(self, requests: Sequence[Request]) -> None:
         """The engine has taken a plain step, which these were in; nothing of the draft runs."""
-        self._settle({request: (row, 1) for row, request in enumerate(requests)})
         if self._untold is not None:
+            if requests != self._company:  # in most steps it is that of the step before
+                self._company = requests
+                self._rows = {self._states[one]: (row, 1) for row, one in enumerate(requests)}
+            self._settle(self._rows)
             self._untold.drop_beyond(MAX_WAITING)
-        num_tokens = sum(request.error is None for request in requests)
-        stats = AcceptanceStats(num_verify_steps=len(requests), num_tokens=num_tokens)
-        self.acceptance += stats
+        rows, num_tokens = len(requests), [request.error for request in requests].count(None)
+        self._rested = (self._rested[0] + rows, self._rested[1] + num_tokens)
         if self._controller is not None:
-            self._controller.observe(stats)
-        for request in requests:
-            assert request.speculative is not None
-            request.speculative["num_verify_steps"] += 1
-            request.speculative["num_tokens"] += request.error is None
+            if (self._plain.num_verify_steps, self._plain.num_tokens) != (rows, num_tokens):
+                self._plain = AcceptanceStats(num_verify_steps=rows, num_tokens=num_tokens)
+            self._controller.observe(self._plain)
         seconds = perf_counter() - self._begun
         self.costs.add("decode", batch=len(requests), tokens=1, seconds=seconds)
 
@@ -181,9 +198,18 @@ class Speculation:
     def free(self, request: Request) -> None:
         """The request has left its slot."""
         state = self._states.pop(request, None)
+        if state is None:  # it was never prefilled
+            return
+        self._company = ()
+        counts = request.speculative
+        assert counts is not None
+        # What no verify pass gave came of plain steps, of which nothing was written down.
+        plain = request.num_generated - state.uncounted - counts["num_tokens"]
+        counts["num_verify_steps"] += plain
+        counts["num_tokens"] += plain
         if self._untold is not None:
-            self._untold.forget(request)
-        if state is not None and state.told:
+            self._untold.forget(state)
+        if state.told:
             with self._draft_of([request], "free"):
                 self._draft.free(request.slot)
 
@@ -320,7 +346,7 @@ class Speculation:
             # A token is processed in the pass after its own, so the last one was not.
             request.step_routing += [rows[row] for rows in noted[: counts[-1]]]
         rows = zip(requests, enumerate(counts), strict=True)
-        self._settle({request: (row, count) for request, (row, count) in rows if count})
+        self._settle({self._states[one]: (row, count) for one, (row, count) in rows if count})
         return counts
 
     def _wrong(self, proposal: Proposal, lengths_R: Tensor) -> Tensor:
@@ -335,7 +361,7 @@ class Speculation:
         used_RK = torch.arange(tokens_RK.shape[1], device=tokens_RK.device) < lengths_R[:, None]
         return (used_RK & ~right_RK).any(1)
 
-    def _settle(self, owners: Mapping[Request, tuple[int, int]]) -> None:
+    def _settle(self, owners: Mapping[_State, tuple[int, int]]) -> None:
         """Keep, for the draft, what the target's last pass had in a row for some first tokens.
 
         The draft gets it when it is asked next: a step without it then costs nothing of it.
@@ -348,7 +374,7 @@ class Speculation:
         """Tell the draft what was settled since it was last told; whether that was little."""
         states = [self._states[request] for request in requests]
         tokens, starts = [], []
-        features = None if self._untold is None else self._untold.take(requests)
+        features = None if self._untold is None else self._untold.take(states)
         for index, (request, state) in enumerate(zip(requests, states, strict=True)):
             all_tokens = request.sample.tokens
             last = len(all_tokens) - 1
@@ -369,7 +395,7 @@ class Speculation:
         counts: Sequence[int],
     ) -> None:
         stats = AcceptanceStats.count(accepted=accepted, proposed=proposed, num_tokens=sum(counts))
-        self.acceptance += stats
+        self._drafted += stats
         if self._controller is not None:
             self._controller.observe(stats)
         rows = zip(requests, proposed, accepted, counts, strict=True)

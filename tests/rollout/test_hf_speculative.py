@@ -1,8 +1,10 @@
 """The embedded engine with a draft: the same answers, log-probs and routing, in fewer passes."""
 
 import asyncio
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from miles.losses import token_logprobs
 from miles.moe import RoutingReplay
 from miles.rollout import HFEngine, Sample, Status, _speculation
 from miles.rollout._speculation import uniforms
-from miles.rollout.speculative import Eagle3Draft
+from miles.rollout.speculative import Eagle3Draft, SpeculativeStats
 from miles.rollout.speculative.draft import FINAL
 from tests.models import VOCAB, generate_all, params, serving, tiny, token_batch
 from tests.rollout.drafts import ScriptedDraft, half_right_rows, oracle_rows, random_rows
@@ -212,6 +214,8 @@ def test_the_draft_gets_the_features_of_every_token_whatever_the_steps(name):
     called = [what for what, _ in draft.used.calls]
     assert {"extend", "propose", "move", "free"} == set(called) and not draft.used.tokens
     assert max(steps.batches) == 4 and sum(steps.seen, type(stats)()) == stats
+    first, *others = (SpeculativeStats(**s.metadata["speculative"]) for s in samples)
+    assert sum(others, first) == stats.summary()
     assert {k for what, (_, *more) in draft.used.calls for k in more} == {1, 2, 3}
     assert len(draft.used.ended) == len(samples)
     texts = {tuple(s.tokens): s for s in samples}
@@ -233,10 +237,11 @@ def test_a_draft_without_features_is_given_none():
 
 @kinds
 def test_a_draft_that_is_off_is_not_called_and_answers_have_the_bits_of_an_engine_without_one(name):
-    """Requests come while it is off, move, and leave, two of them at the end of the context."""
+    """Requests come while it is off, move, and leave, two of them at the end of the context, one
+    with its first token."""
     draft = ScriptedDraft(random_rows(), feature_layers=(0, FINAL))
     prompts = [*PROMPTS, PROMPTS[1]]
-    news = [11, 200, 6, 200, 16, 11]
+    news = [11, 200, 1, 200, 16, 11]
     wanted = [params(new, seed=i, temperature=i % 2) for i, new in enumerate(news)]
     sizes = {"max_batch": 4, "row_tile": 1, "max_context": 45}
     with (
@@ -263,6 +268,25 @@ def test_a_draft_that_is_off_is_not_called_and_answers_have_the_bits_of_an_engin
         counts = sample.metadata["speculative"]
         assert counts["num_verify_steps"] == counts["num_tokens"] == len(sample.response_tokens) - 1
     assert draft.used.calls == []  # it was never asked, so it was never told
+
+
+def test_answers_of_a_draft_that_was_off_are_not_held():
+    draft = ScriptedDraft(random_rows(), feature_layers=(0, FINAL))
+    steps = Steps(*[0] * 4, *[1] * 20)
+    with serving("llama", max_batch=4, draft=draft, controller=steps) as engine:
+        asyncio.run(engine.pause())
+        futures = [engine.submit([5, 6], params(5, seed=seed)) for seed in range(4)]
+        asyncio.run(engine.resume())
+        given_away = [weakref.ref(future.result(60)) for future in futures]
+        del futures
+        observe, held = steps.observe, []
+        steps.observe = lambda stats: (
+            gc.collect(), held.append(sum(one() is not None for one in given_away)), observe(stats)
+        )  # fmt: skip
+        answer(engine, [5, 6], params(9))
+    assert steps.seen[3].num_tokens == 4 and steps.seen[3].proposed == ()
+    assert steps.seen[5].proposed == (1,)
+    assert held[1] <= 1  # the engine's loop has the last that ended, until another does
 
 
 @kinds

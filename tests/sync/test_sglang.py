@@ -27,7 +27,8 @@ GLOBALS = {
     "types.SimpleNamespace", "collections.OrderedDict",
     "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes",
     "torch.multiprocessing.reductions.rebuild_cuda_tensor",
-    "torch.storage.TypedStorage", "torch.Tensor", "builtins.getattr", "torch._C._VariableFunctionsClass",
+    "torch.storage.TypedStorage", "torch.Tensor",
+    "builtins.getattr", "torch._C._VariableFunctionsClass",
 }  # fmt: skip
 """A part of what SGLang's unpicklers let through; torch's dtypes come beside."""
 

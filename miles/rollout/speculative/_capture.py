@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from miles.errors import SettingError, ShapeError, UnsupportedModelError
 from miles.moe._checkpoint import in_backward
 from miles.rollout.speculative._divergence import TargetLogits
+from miles.rollout.speculative._host import HostCopies
 from miles.rollout.speculative.draft import FINAL
 
 __all__ = ["Captured", "Recorder", "capturing", "unwrapped"]
@@ -60,9 +61,9 @@ class Captured:
                 "they are of no policy; call observe() before the policy's optimizer step"
             )
 
-    def seq_ids(self) -> Tensor:
-        """int64 `[B, L]`: which sequence of its row a token is of, by positions that start over at
-        0; -1 at padding.
+    def seq_ids(self, copies: HostCopies | None = None) -> Tensor:
+        """int64 `[B, L]` on the CPU: which sequence of its row a token is of, by positions that
+        start over at 0; -1 at padding. What `copies` has begun is not waited for.
 
         Example:
             >>> from miles.rollout.speculative._capture import Captured, TargetLogits
@@ -75,18 +76,21 @@ class Captured:
             ... ).seq_ids().tolist()
             [[0, 0, 1, -1]]
         """
-        ids_BL = torch.zeros_like(self.input_ids_BL)
+        copies = copies or HostCopies()
+        ids_BL = torch.zeros(self.input_ids_BL.shape, dtype=torch.int64)
         if self.position_ids_BL is not None:
-            starts_BL = self.position_ids_BL.expand_as(ids_BL) == 0
+            starts_BL = copies.of(self.position_ids_BL).expand_as(ids_BL) == 0
             ids_BL = (starts_BL.to(torch.int64).cumsum(1) - 1).clamp(min=0)
         if self.attention_mask_BL is not None:
-            ids_BL = ids_BL.masked_fill(self.attention_mask_BL == 0, -1)
+            ids_BL = ids_BL.masked_fill(copies.of(self.attention_mask_BL) == 0, -1)
         return ids_BL
 
 
 @contextmanager
-def capturing(policy: nn.Module, feature_layers: Sequence[int]) -> Iterator[Recorder]:
-    """Note the forward passes of `policy` inside the block.
+def capturing(
+    policy: nn.Module, feature_layers: Sequence[int], copies: HostCopies
+) -> Iterator[Recorder]:
+    """Note the forward passes of `policy` inside the block; `copies` begins those of its inputs.
 
     What gradient checkpointing runs again is not a pass of its own, neither inside nor after. The
     hooks are there inside the block only.
@@ -103,7 +107,7 @@ def capturing(policy: nn.Module, feature_layers: Sequence[int]) -> Iterator[Reco
             f"the draft reads layers {outside} and the policy has {num_layers}; expected ids from "
             f"0 to {num_layers - 1}, or {FINAL} for the final norm; was it made for another model?"
         )
-    recorder = Recorder(policy, feature_layers)
+    recorder = Recorder(policy, feature_layers, copies)
     handles = [
         decoder.register_forward_pre_hook(recorder.begin, with_kwargs=True),
         decoder.register_forward_hook(recorder.end),
@@ -111,6 +115,7 @@ def capturing(policy: nn.Module, feature_layers: Sequence[int]) -> Iterator[Reco
     for i in set(feature_layers) - {FINAL}:
         handles.append(decoder.layers[i].register_forward_hook(recorder.layer(i)))
     if decoder is not policy:
+        handles.append(policy.register_forward_pre_hook(recorder.asked, with_kwargs=True))
         handles.append(policy.register_forward_hook(recorder.logits, with_kwargs=True))
     try:
         yield recorder
@@ -122,14 +127,21 @@ def capturing(policy: nn.Module, feature_layers: Sequence[int]) -> Iterator[Reco
 class Recorder:
     """The hooks. A pass is open from the decoder's first line to its last."""
 
-    def __init__(self, policy: nn.Module, feature_layers: Sequence[int]) -> None:
-        self._policy, self._wanted = policy, feature_layers
+    def __init__(
+        self, policy: nn.Module, feature_layers: Sequence[int], copies: HostCopies
+    ) -> None:
+        self._policy, self._wanted, self._copies = policy, feature_layers, copies
         self._thread = threading.get_ident()  # an engine may run the same model in another
         self._called: dict[str, Any] | None = None
         self._outputs: dict[int, Tensor] = {}
         self._passes: list[tuple[dict[str, Any], dict[int, Tensor]]] = []
         self._targets: dict[int, TargetLogits] = {}
         self._versions: dict[int, int] = {}
+
+    def asked(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """The whole model is called."""
+        if not in_backward() and threading.get_ident() == self._thread:
+            self._copies.begin(kwargs.get("logits_to_keep"))
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder is called."""
@@ -147,6 +159,8 @@ class Recorder:
                 "the policy was called with a cache that holds tokens inside capture(); expected "
                 "whole sequences; call it without past_key_values"
             )
+        control = (kwargs.get(name) for name in ("position_ids", "attention_mask"))
+        self._copies.begin(*filter(_is_2d, control))
         self._called, self._outputs = {**kwargs, "input_ids": ids_BL}, {}
 
     def layer(self, index: int) -> Any:
@@ -177,7 +191,7 @@ class Recorder:
         keep = kwargs.get("logits_to_keep", 0)
         positions_K = keep if isinstance(keep, Tensor) else None
         if positions_K is None and keep:
-            positions_K = torch.arange(max(L - keep, 0), L, device=logits_BKV.device)
+            positions_K = torch.arange(max(L - keep, 0), L)
         if logits_BKV.shape[1] != (L if positions_K is None else positions_K.shape[0]):
             raise ShapeError(
                 f"the policy returned logits of shape {tuple(logits_BKV.shape)} for {L} tokens, "

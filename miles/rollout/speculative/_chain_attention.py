@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miles.rollout.speculative._host import upload
+
 __all__ = ["SequenceRows", "can_chain", "chain_attention"]
 
 Keys = tuple[Tensor, Tensor]
@@ -141,9 +143,12 @@ class SequenceRows:
         self._index_NM, self._back_BL = index_NM, back_BL
 
     @classmethod
-    def of(cls, seq_ids_BL: Tensor | None) -> SequenceRows | None:
+    def of(
+        cls, seq_ids_BL: Tensor | None, device: torch.device | None = None
+    ) -> SequenceRows | None:
         """For these sequences, -1 at padding; None where one is so long that others would be mostly
-        padding beside it. It waits for the GPU."""
+        padding beside it. It waits for a GPU that the ids are on; the rows may be on another
+        `device`."""
         if seq_ids_BL is None:
             return cls()
         ids_BL = seq_ids_BL
@@ -162,7 +167,8 @@ class SequenceRows:
         index_NM[number_T, offset_T] = places_T
         back_BL = torch.full_like(ids_BL, N * M)
         back_BL.view(-1)[places_T] = number_T * M + offset_T
-        return cls(index_NM, back_BL)
+        device = device or ids_BL.device
+        return cls(upload(index_NM, device), upload(back_BL, device))
 
     def lay_out(self, tensor_BHLD: Tensor) -> Tensor:
         """`[N, H, M, D]`, 0 at padding."""

@@ -82,7 +82,8 @@ class TargetLogits:
         return self.values_BKX.shape[2] if self.head_VD is None else self.head_VD.shape[0]
 
     def rows_of_places(self, num_rows: int, length: int) -> Tensor:
-        """int64 `[B, L]`: which of the `B * K` rows each place has, -1 where it has none.
+        """int64 `[B, L]`: which of the `B * K` rows each place has, -1 where it has none; where
+        `positions_K` is, or without them on the CPU.
 
         Raises:
             ShapeError: a policy's pass over another batch.
@@ -93,9 +94,9 @@ class TargetLogits:
                 f"the policy's logits are of {K} places in {B} rows; expected {length} in "
                 f"{num_rows}; for some of the places give TargetLogits(positions_K=...)"
             )
-        index_K = torch.arange(K, device=self.values_BKX.device)
-        row_L = index_K
+        row_L = torch.arange(K)
         if self.positions_K is not None:
+            index_K = torch.arange(K, device=self.positions_K.device)
             row_L = index_K.new_full((length,), -1).index_put((self.positions_K,), index_K)
         starts_B1 = K * torch.arange(B, device=row_L.device)[:, None]
         return torch.where(row_L >= 0, starts_B1 + row_L, -1)
@@ -204,6 +205,9 @@ class _Divergence(torch.autograd.Function):
                         if not plan.aligned:  # a slice takes another dtype, an index does not
                             slope_nU = slope_nU.to(logits_RU.dtype)
                         slopes[k][rows_n] = slope_nU
+                        del slope_nU
+                    del pair  # else its numbers live until the next are made
+                del policy
         ctx.save_for_backward(*slopes)
         ctx.plan = plan
         for terms_KP in (loss_KP, alpha_KP, agrees_KP):
@@ -215,6 +219,8 @@ class _Divergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, out = ctx.plan, []
+        # Where the graph is let go of, the slopes become the gradient, and no second one is made.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
         weights_KP = grads[0] * plan.valid_KP / plan.settings.temperature
         for k, slopes_RU in enumerate(ctx.saved_tensors):
             weight_R = weights_KP[k]
@@ -223,8 +229,9 @@ class _Divergence(torch.autograd.Function):
                 weight_R = weight_R.new_zeros(len(slopes_RU)).index_copy(0, rows_P, weight_R)
             weight_R1 = weight_R[:, None]
             # A term without weight adds nothing, whatever its numbers are.
-            grad_RU = slopes_RU * weight_R1.to(slopes_RU.dtype)
-            out.append(grad_RU.masked_fill_(weight_R1 == 0, 0))
+            grad_RU = slopes_RU.clone() if kept else slopes_RU
+            grad_RU.mul_(weight_R1.to(slopes_RU.dtype)).masked_fill_(weight_R1 == 0, 0)
+            out.append(grad_RU)
         return None, *out
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from miles.rollout.speculative._chain_attention import SequenceRows, can_chain, chain_attention
+from miles.rollout.speculative._host import upload
 
 __all__ = ["SlotKeys", "UnrolledKeys", "as_computed"]
 
@@ -28,6 +29,8 @@ class UnrolledKeys(Cache):  # type: ignore[misc]  # transformers is not typed fo
 
     At position t, step i sees step 0 up to t, and of steps 1 to i position t alone: when an engine
     drafts from t on, step 0 is all that was settled, and the later steps are its own chain.
+
+    Ids on the CPU spare the host a wait for the GPU.
     """
 
     def __init__(self, seq_ids_BL: Tensor | None) -> None:
@@ -63,7 +66,8 @@ class UnrolledKeys(Cache):  # type: ignore[misc]  # transformers is not typed fo
         keys, values = _repeat(keys_BGLD, groups), _repeat(values_BGLD, groups)
         if not self._steps:
             chained = can_chain(as_computed(query_BHLD))
-            self._rows = SequenceRows.of(self._seq_ids_BL) if chained else None
+            device = query_BHLD.device
+            self._rows = SequenceRows.of(self._seq_ids_BL, device) if chained else None
         rows = self._rows
         if rows is None:
             self._steps.append((keys, values))
@@ -119,7 +123,7 @@ class UnrolledKeys(Cache):  # type: ignore[misc]  # transformers is not typed fo
         own = torch.eye(last - first, dtype=torch.bool, device=device).repeat(1, num_later)
         if self._seq_ids_BL is None:
             return torch.cat([visible, own], dim=1)[None, None]
-        ids = self._seq_ids_BL
+        ids = upload(self._seq_ids_BL, device)
         same = ids[:, first:last, None] == ids[:, None, :last]
         return torch.cat([visible & same, own.expand(len(ids), -1, -1)], dim=2)[:, None]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from miles.errors import DtypeError, SettingError, ShapeError, UnsupportedModelError
 from miles.rollout.speculative._draft_memory import ModelMemory
+from miles.rollout.speculative._host import upload
 from miles.rollout.speculative._keys import SlotKeys, UnrolledKeys
 
 __all__ = ["ModelDraft", "Shared", "check_head", "text_config"]
@@ -180,7 +181,7 @@ class ModelDraft(nn.Module, ABC):
             position_ids_BL: int64; default: counted from 0 in each sequence.
             seq_ids_BL: int64, which sequence a token belongs to, each in one piece and in order; -1
                 is padding, whose ids and features are not looked at. Default: each row is one
-                sequence (padding at its end does no harm).
+                sequence (padding at its end does no harm). On the CPU nothing waits for the GPU.
 
         Returns:
             K tensors `[B, L, V]`, in the head's dtype. `[t]` of the i-th predicts token t + 2 + i;
@@ -211,7 +212,7 @@ class ModelDraft(nn.Module, ABC):
         """`unroll` before the head: K tensors `[B, L, H]` for `logits`, a piece at a time."""
         self._check(input_ids_BL, features_BLF, num_steps, position_ids_BL, seq_ids_BL)
         if seq_ids_BL is not None:
-            real_BL = seq_ids_BL >= 0
+            real_BL = upload(seq_ids_BL >= 0, input_ids_BL.device)
             input_ids_BL = input_ids_BL.where(real_BL, 0)
             if features_BLF is not None:
                 features_BLF = features_BLF.where(real_BL[..., None], 0)
@@ -369,4 +370,5 @@ def _positions(input_ids_BL: Tensor, seq_ids_BL: Tensor | None) -> Tensor:
     if seq_ids_BL is None:
         return places_L.expand(input_ids_BL.shape)
     new_BL = F.pad(seq_ids_BL[:, 1:] != seq_ids_BL[:, :-1], (1, 0), value=True)
+    new_BL = upload(new_BL, places_L.device)
     return places_L - (places_L * new_BL).cummax(dim=1).values

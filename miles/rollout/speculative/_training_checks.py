@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from miles.errors import SettingError
+from miles.errors import CheckpointError, SettingError
 from miles.rollout.speculative._capture import unwrapped
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "check_optimizer",
     "check_own",
     "check_settings",
+    "check_state",
+    "trouble_of",
 ]
 
 
@@ -63,3 +66,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parame
             f"the optimizer holds {len(theirs)} parameters that are not the draft's {len(params)}; "
             "build it over the draft's parameters that require a gradient"
         )
+
+
+def check_state(state: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> None:
+    """Raise `CheckpointError` unless the state is of these parameters."""
+    missing = [key for key in ("draft", "optimizer", "version") if key not in state]
+    if missing:
+        raise CheckpointError(f"the state lacks {missing}; expected what state_dict() returned")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state["draft"].items()}
+    expected = {name: tuple(p.shape) for name, p in named.items()}
+    if shapes != expected:
+        wrong = {n for n in shapes.keys() | expected if shapes.get(n) != expected.get(n)}
+        raise CheckpointError(
+            f"the state is of another draft; {sorted(wrong)[:8]} differ: got "
+            f"{[shapes.get(n) for n in sorted(wrong)[:8]]}, expected "
+            f"{[expected.get(n) for n in sorted(wrong)[:8]]}"
+        )
+
+
+def trouble_of(wrong_features: float, losses: Sequence[float], norm: float) -> list[str]:
+    """What of a step is NaN or infinite, in words."""
+    named = [(f"the loss of unrolled step {i}", loss) for i, loss in enumerate(losses)]
+    named.append(("the norm of its gradient", norm))
+    found = [f"{name} is {number}" for name, number in named if not math.isfinite(number)]
+    if wrong_features:
+        found.insert(0, f"{wrong_features:.0f} features of the policy are NaN or infinite")
+    return found

@@ -106,6 +106,8 @@ class DraftController:
         self._best = [0.0] * max_steps
         self._current = 0
         self._credit = 0.0
+        self._predicted: dict[int, tuple[tuple[float, ...], float, float]] = {}
+        self._predicted_by = cost
 
     @property
     def acceptance(self) -> tuple[float, ...]:
@@ -123,19 +125,33 @@ class DraftController:
 
     def choose(self, batch: int) -> int:
         """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`."""
-        self._current = _decide(self.speedups(batch), self._current, self._margin)
+        speedups, decode, at_worst = self._predictions(batch)
+        self._current = _decide(speedups, self._current, self._margin)
         if self._current or not self._exploration:
             return self._current
-        decode = self.cost.t_decode(batch)
-        at_worst = TRIAL * (self.cost.t_step(batch, 1) - decode)
         self._credit += self._exploration * decode
         if self._credit < at_worst:
             return 0
         self._credit -= at_worst
         return 1
 
+    def _predictions(self, batch: int) -> tuple[tuple[float, ...], float, float]:
+        """Speedups, seconds of a plain step, and of a trial at worst: kept until something is
+        learnt, since most steps of a resting draft are at the same batch."""
+        if self._predicted_by is not self.cost:
+            self._predicted_by = self.cost
+            self._predicted.clear()
+        if batch not in self._predicted:
+            decode = self.cost.t_decode(batch)
+            at_worst = TRIAL * (self.cost.t_step(batch, 1) - decode)
+            self._predicted[batch] = self.speedups(batch), decode, at_worst
+        return self._predicted[batch]
+
     def observe(self, stats: AcceptanceStats) -> None:
         """What a step, or several, kept; plain steps change nothing."""
+        if not stats.judged:
+            return
+        self._predicted.clear()
         self._recent.add(stats)
         self._slow.add(stats)
         measured = self._slow.measured(self._min_rows)
@@ -197,6 +213,7 @@ class DraftController:
                 f"the state is not of a DraftController with max_steps={self.max_steps}; expected "
                 "what state_dict() of one returned"
             )
+        self._predicted.clear()
         self._recent.load(state["recent"])
         self._slow.load(state["slow"])
         self._best = list(state["best"])
@@ -218,8 +235,6 @@ class _Rates:
         return self.judged[0] / self.rows if self.rows else 1.0
 
     def add(self, stats: AcceptanceStats) -> None:
-        if not stats.judged:
-            return
         if len(stats.judged) > len(self.judged):
             raise SettingError(
                 f"statistics of {len(stats.judged)} draft positions; expected at most max_steps, "

@@ -28,6 +28,7 @@ from miles.rollout.speculative._divergence import (
     divergence,
     row_before,
 )
+from miles.rollout.speculative._host import upload
 from miles.rollout.speculative._shift import shift_tokens
 
 __all__ = [
@@ -90,8 +91,9 @@ def draft_loss(
 
     `tv` and `lk` take p as it is, since they are acceptance itself.
 
-    Memory: the logits stay as they came, and so do their gradients; float32 copies live for
-    2^25 numbers at a time, of which about eight are held at once (1 GiB).
+    Memory: the logits stay as they came, and their gradients are made once, in their dtype (twice
+    under `retain_graph`); float32 copies live for 2^25 numbers at a time, of which about six are
+    held at once (0.8 GiB).
 
     Metrics, all of which merge exactly (`miles.losses.reduce_metrics`): `draft/loss` the sum over
     steps for each place of step 0 that is learnt from; and for each step `draft/loss/step_i`,
@@ -105,7 +107,8 @@ def draft_loss(
         target_logits_BLV: the policy's `[B, L, V]`, detached here; `TargetLogits` for some of the
             places only, or for hidden states and a head.
         input_ids_BL: int64 `[B, L]`.
-        mask_BL: bool `[B, L]`, by prediction.
+        mask_BL: bool `[B, L]`, by prediction. It and `seq_ids_BL` may be on the CPU; on a GPU the
+            host waits for them.
         denominator: above 0; what the whole optimizer step divides by, such as
             `count(packed).num_tokens`. The losses of micro-batches and ranks are then summed.
         kind: see above.
@@ -148,7 +151,7 @@ def draft_loss(
         [logits_BLU.flatten(0, 1) for logits_BLU in logits_list],
         None,
         target,
-        target.rows_of_places(*input_ids_BL.shape[:2]),
+        upload(target.rows_of_places(*input_ids_BL.shape), mask_BL.device),
         input_ids_BL,
         mask_BL,
         denominator=denominator,
@@ -180,13 +183,17 @@ def loss_of_rows(
     renormalize: bool,
 ) -> tuple[Tensor, Metrics]:
     """`draft_loss` of `[B * L, ...]` rows: logits, or with a head the states that it makes logits
-    of, at judged places only. `target_rows_BL` are the policy's rows, -1 where there is none."""
+    of, at judged places only. `target_rows_BL` are the policy's rows, -1 where there is none; they,
+    mask and sequences may be on the CPU, and then nothing waits for the rows' device."""
     check_loss_settings(kind=kind, decay=decay, temperature=temperature)
     policy = mask_policy or MaskPolicy()
     K = len(rows_KR)
     valid_KR = _valid(mask_BL, seq_ids_BL, target_rows_BL, kind, policy, K)
     places_P = valid_KR.any(0).nonzero()[:, 0]
-    valid_KP = valid_KR[:, places_P]
+    target_rows_P, valid_KP, places_P = (
+        upload(tensor, rows_KR[0].device)
+        for tensor in (target_rows_BL.flatten()[places_P], valid_KR[:, places_P], places_P)
+    )
     labels_P = input_ids_BL.flatten()[(places_P + 1) % input_ids_BL.numel()]
     labels_P, has_label_P = _draft_ids(labels_P, target_ids, target.vocab_size)
     if head is not None:
@@ -197,7 +204,7 @@ def loss_of_rows(
         target,
         aligned=head is not None,
         places_P=places_P,
-        target_rows_P=target_rows_BL.flatten()[places_P],
+        target_rows_P=target_rows_P,
         labels_P=labels_P,
         valid_KP=valid_KP,
         settings=Settings(

@@ -6,7 +6,6 @@ Shapes: B x L tokens, F features of a token, V vocabulary, K unrolled steps, M m
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
@@ -20,12 +19,15 @@ from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, Setti
 from miles.losses import Metrics, reduce_metrics
 from miles.packed import Packed
 from miles.rollout.speculative._capture import Captured, capturing
-from miles.rollout.speculative._training_batch import TrainingBatch
+from miles.rollout.speculative._host import upload
+from miles.rollout.speculative._training_batch import Given, TrainingBatch
 from miles.rollout.speculative._training_checks import (
     check_made_for,
     check_optimizer,
     check_own,
     check_settings,
+    check_state,
+    trouble_of,
 )
 from miles.rollout.speculative.losses import Kind, MaskPolicy, check_loss_settings, loss_of_rows
 
@@ -38,7 +40,8 @@ class TrainableDraft(Protocol):
     """What the trainer asks of a draft, which is an `nn.Module` besides.
 
     Where it has `unroll_states` and `logits`, as our drafts do, its head is run at judged places
-    only; where it has `checkpoint_tensors`, these are what `named_tensors` gives.
+    only, and it gets `seq_ids_BL` on the CPU, so that it need not wait for the GPU to look at them;
+    where it has `checkpoint_tensors`, these are what `named_tensors` gives.
     """
 
     @property
@@ -89,10 +92,10 @@ class DraftTrainer:
     One optimizer step of the draft is a `step()`, over any number of micro-batches:
 
         for batch in micro_batches:
-            with trainer.capture():
+            with trainer.capture(batch.packed):
                 logits = policy(batch.input_ids_BL, attention_mask=batch.attention_mask_BL).logits
             policy_loss(logits, batch).backward()
-            trainer.observe(batch.packed)
+            trainer.observe()
         optimizer.step()
         if trainer.pending:
             metrics = trainer.step()
@@ -100,7 +103,7 @@ class DraftTrainer:
     The features and distributions are those of the weights before the policy's own step, so the
     draft learns to follow a policy one step old; the policy moves little in one step. It lets go
     of logits and features in `observe`, which may come before or after the policy's backward pass;
-    the memory peaks lowest after it.
+    the memory peaks lowest after it. The host runs ahead of the GPU, up to `step()`.
 
     Ranks hold whole sequences: the draft's attention does not reach into another rank's shard.
 
@@ -200,6 +203,7 @@ class DraftTrainer:
         self._max_grad_norm, self._autocast = max_grad_norm, autocast
         self._controller, self._group = controller, group
         self._captured: Captured | None = None
+        self._given = Given()
         self._devices: list[torch.device] | None = None
         self._forget()
 
@@ -216,21 +220,29 @@ class DraftTrainer:
         return len(self._metrics)
 
     @contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(
+        self, mask: Tensor | Packed | None = None, *, seq_ids_BL: Tensor | None = None
+    ) -> Iterator[None]:
         """Read the one forward pass that the policy makes inside, for the next `observe`.
 
         It works with gradients or without, under autocast and gradient checkpointing, with padded
         or packed `[1, T]` batches, and for calls of the decoder alone or with `logits_to_keep`.
 
+        Args:
+            mask: what `observe` would be given. Given here, its copy to the host is queued before
+                the pass, as those of the pass's own inputs are, and nothing waits for the GPU.
+            seq_ids_BL: likewise, with the mask.
+
         Raises:
-            SettingError: not exactly one pass, or what `observe` has not taken yet.
+            SettingError: not exactly one pass, one that waits for `observe`, or ids and no mask.
             UnsupportedModelError: a model that hooks cannot read.
         """
         if self.policy is None:
             raise SettingError("the trainer has no policy; give it one, or pass captured= yourself")
         if self._captured is not None:
             raise SettingError("a captured pass is waiting; call observe() or discard() first")
-        with capturing(self.policy, self.draft.feature_layers) as recorder:
+        given = Given.before(mask, seq_ids_BL)
+        with capturing(self.policy, self.draft.feature_layers, given.copies) as recorder:
             yield
         passes = recorder.captured()
         if len(passes) != 1:
@@ -238,51 +250,52 @@ class DraftTrainer:
                 f"the policy made {len(passes)} forward passes inside capture(); expected one for "
                 "each observe() (a compiled model skips hooks: call the uncompiled one)"
             )
-        self._captured = passes[0]
+        self._captured, self._given = passes[0], given
 
     def discard(self) -> None:
         """Forget the captured pass and everything observed since the last step."""
-        self._captured = None
+        self._captured, self._given = None, Given()
         self._forget()
 
     def observe(
         self,
-        mask: Tensor | Packed,
+        mask: Tensor | Packed | None = None,
         *,
         seq_ids_BL: Tensor | None = None,
         captured: Captured | None = None,
     ) -> None:
-        """The draft's forward and backward pass over one micro-batch; nothing waits for the GPU
-        but the choice of places and the layout of sequences.
+        """The draft's forward and backward pass over one micro-batch.
+
+        Places and sequences are chosen on the CPU. It waits for a mask or ids that are given here
+        and are on a GPU, and so for all that was queued before; for none that `capture` was given.
 
         Args:
             mask: bool `[B, L]` by prediction (True where the next token is trained on), or a
-                `Packed` of the B * L tokens, as `collate` makes it.
+                `Packed` of the B * L tokens, as `collate` makes it, on any device. None: that of
+                `capture`.
             seq_ids_BL: int64 `[B, L]`, -1 at padding. None: those of the `Packed`, or else a new
                 sequence wherever the policy's `position_ids` are 0. Padding is where its
                 `attention_mask` is 0.
             captured: a pass of your own in place of the one that `capture` read.
 
         Raises:
-            SettingError: no captured pass, logits that were changed in place since, a trainer that
-                is offloaded, or a batch whose sequences are spread over ranks.
+            SettingError: no captured pass, no mask or two, logits that were changed in place since,
+                a trainer that is offloaded, or a batch whose sequences are spread over ranks.
             ShapeError: a mask or ids of another shape, or features of another width.
         """
         self._check_here()
-        seen = self._captured if captured is None else captured
+        seen, given = (self._captured, self._given) if captured is None else (captured, Given())
         if seen is None:
             raise SettingError("there is no captured pass; call the policy inside capture() first")
-        whole = TrainingBatch.of(seen, mask, seq_ids_BL)
+        whole = TrainingBatch.of(seen, given.and_after(mask, seq_ids_BL))
         if captured is None:
-            self._captured = None
+            self._captured, self._given = None, Given()
         batch, found = whole.taken(self._share, self._num_sequences)
         self._num_sequences += found
         if batch is None:
             return
-        device = self._params[0].device
-        autocast = (
-            nullcontext() if self._autocast is None else torch.autocast(device.type, self._autocast)
-        )
+        dtype, device = self._autocast, self._params[0].device.type
+        autocast = nullcontext() if dtype is None else torch.autocast(device, dtype)
         with torch.enable_grad(), autocast:
             unrolled, head = self._unrolled(batch)
             loss, metrics = loss_of_rows(
@@ -311,12 +324,13 @@ class DraftTrainer:
         draft: Any = self.draft
         in_parts = hasattr(draft, "unroll_states")
         unroll = draft.unroll_states if in_parts else draft.unroll
+        seq_ids_BL, device = batch.seq_ids_BL, batch.input_ids_BL.device
         unrolled: list[Tensor] = unroll(
             batch.input_ids_BL,
             batch.features_BLF.to(self._params[0].dtype),
             num_steps=self._num_steps,
             position_ids_BL=batch.position_ids_BL,
-            seq_ids_BL=batch.seq_ids_BL,
+            seq_ids_BL=seq_ids_BL if in_parts else upload(seq_ids_BL, device),
         )
         return unrolled, draft.logits if in_parts else None
 
@@ -429,19 +443,7 @@ class DraftTrainer:
         Raises:
             CheckpointError: of another draft, or incomplete; then nothing has changed.
         """
-        missing = [key for key in ("draft", "optimizer", "version") if key not in state]
-        if missing:
-            raise CheckpointError(f"the state lacks {missing}; expected what state_dict() returned")
-        weights: Mapping[str, Tensor] = state["draft"]
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        expected = {name: tuple(p.shape) for name, p in self._named.items()}
-        if shapes != expected:
-            wrong = {n for n in shapes.keys() | expected if shapes.get(n) != expected.get(n)}
-            raise CheckpointError(
-                f"the state is of another draft; {sorted(wrong)[:8]} differ: got "
-                f"{[shapes.get(n) for n in sorted(wrong)[:8]]}, expected "
-                f"{[expected.get(n) for n in sorted(wrong)[:8]]}"
-            )
+        check_state(state, self._named)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -449,7 +451,7 @@ class DraftTrainer:
         self.discard()
         with torch.no_grad():
             for name, parameter in self._named.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(state["draft"][name])
         self.version = int(state["version"])
 
     def _summed(self, tensor: Tensor) -> Tensor:
@@ -459,11 +461,7 @@ class DraftTrainer:
 
     def _refuse(self, count: float, wrong_features: float, *numbers: float) -> None:
         """Raise, and drop what was observed, unless there is a step to take."""
-        names = [f"the loss of unrolled step {i}" for i in range(self._num_steps)]
-        names.append("the norm of its gradient")
-        bad = [f"{n} is {x}" for n, x in zip(names, numbers, strict=True) if not math.isfinite(x)]
-        if wrong_features:
-            bad.insert(0, f"{wrong_features:.0f} features of the policy are NaN or infinite")
+        bad = trouble_of(wrong_features, numbers[:-1], numbers[-1])
         if not bad and count:
             return
         self._forget()

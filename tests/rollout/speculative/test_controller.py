@@ -352,6 +352,27 @@ def test_a_resumed_controller_goes_on_as_if_nothing_had_been():
     assert other.state_dict() == one.state_dict() and other.acceptance == one.acceptance
 
 
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from([2, 30, 90]), st.integers(0, 9)), max_size=40))
+def test_what_is_kept_of_a_choice_never_outlives_what_it_was_made_of(events):
+    """A controller that has only just got the same state has nothing to keep."""
+    rng = random.Random(0)
+    one = DraftController(COST, max_steps=3, initial_acceptance=0.4, halflife=40)
+    for batch, event in events:
+        other = DraftController(one.cost, max_steps=3, initial_acceptance=0.4, halflife=40)
+        other.load_state_dict(one.state_dict())
+        chosen = one.choose(batch)
+        assert other.choose(batch) == chosen and other.state_dict() == one.state_dict()
+        if event == 0:
+            one.cost = CostModel(**asdict(COST) | {"floor": rng.choice([1e-3, 1e-2])})
+        elif event == 1:
+            one.load_state_dict(DraftController(COST, max_steps=3).state_dict())
+        elif event < 6:
+            one.observe(kept(rng, [event / 5] * 3, batch, max(1, chosen)))
+        else:
+            one.observe(AcceptanceStats(num_verify_steps=batch, num_tokens=batch))
+
+
 def test_a_state_of_another_controller_is_refused():
     controller = DraftController(COST, max_steps=3)
     state = DraftController(COST, max_steps=2).state_dict()

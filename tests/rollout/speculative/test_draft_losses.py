@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miles.errors import DtypeError, SettingError, ShapeError
@@ -252,6 +253,43 @@ def test_float32_copies_live_a_chunk_at_a_time(by_head, monkeypatch):
         loss.backward()
     assert seen.numel <= 4 * 64
     assert loss.dtype == torch.float32 and draft[0].grad.dtype == torch.bfloat16
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that were held at once, of what operators read and made."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._storages = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in (*args, *(out if isinstance(out, (tuple, list)) else [out])):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {k: v for k, v in self._storages.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_gradient_is_made_once_and_six_chunks_live_beside_it(kind, K, monkeypatch):
+    chunk, V = 64 * 512, 512
+    monkeypatch.setattr(_divergence, "CHUNK", chunk)
+    draft = [torch.randn(1, 1024, V).bfloat16().requires_grad_() for _ in range(K)]
+    policy = torch.randn(1, 1024, V).bfloat16()
+    ids, mask = torch.zeros(1, 1024, dtype=torch.int64), torch.ones(1, 1024).bool()
+    given = policy.nbytes + sum(logits.nbytes for logits in draft)
+    gradients = sum(logits.nbytes for logits in draft)
+    with Held() as held:
+        loss, _ = draft_loss(draft, policy, ids, mask, denominator=1, kind=kind)
+        made = held.peak
+        held.peak = 0
+        loss.backward()
+    assert made - given - gradients < 7 * 4 * chunk
+    assert held.peak - given - gradients < 4 * chunk  # a few rows of numbers, no second gradient
 
 
 def test_masked_places_may_hold_anything():
