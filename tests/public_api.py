@@ -235,6 +235,7 @@ ALL = {
         "measure_delta",
         "model_logprobs",
         "name_map",
+        "pack_parameters_",
         "probe",
     ],
     "miles.errors": [

@@ -261,6 +261,7 @@ PARAMETERS = {
         "urls * via bucket_bytes in_place api_key admin_key pause selector verify folder master "
         "backend timeout assume_version"
     ),
+    "miles.sync.pack_parameters_": "module",
     "miles.sync.DiskSyncer": ("folder * delta full_every keep shard_bytes level trainers progress"),
     "miles.sync.DiskReceiver": "target folder * poll_seconds",
     "miles.sync.encode_delta": "old new * level",

@@ -7,6 +7,7 @@ from miles.sync.delta import DeltaReport, apply_delta, encode_delta, measure_del
 from miles.sync.disk import DiskReceiver, DiskSyncer
 from miles.sync.inprocess import InProcessSyncer
 from miles.sync.names import MegatronNames, NameMap, NameRule, SGLangNames, families, name_map
+from miles.sync.packing import pack_parameters_
 from miles.sync.probe import ProbeReport, model_logprobs, probe
 from miles.sync.sglang import SGLangSyncer
 from miles.sync.shm import SharedMemoryReceiver, SharedMemorySyncer
@@ -39,5 +40,6 @@ __all__ = [
     "measure_delta",
     "model_logprobs",
     "name_map",
+    "pack_parameters_",
     "probe",
 ]

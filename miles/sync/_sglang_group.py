@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from datetime import timedelta
@@ -15,7 +16,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from miles.errors import SyncError
 
-__all__ = ["Group", "join"]
+__all__ = ["LEAVE_SECONDS", "Group", "join"]
+
+LEAVE_SECONDS = 20.0
+"""How long the end of a group may take."""
 
 
 class Group:
@@ -33,6 +37,7 @@ class Group:
     def __init__(
         self, address: str, port: int, *, size: int, name: str, backend: str, timeout: float
     ) -> None:
+        self.name = name
         self._timeout, self._lost = timeout, False
         self._group = join(address, port, rank=0, size=size, name=name, backend=backend,
                            timeout=timeout)  # fmt: skip
@@ -69,9 +74,14 @@ class Group:
             self._group.abort()
 
     def close(self) -> None:
-        """Leave; not where a thread still waits in the group for servers, which would wait too."""
+        """Leave, which with NCCL ends when servers do, or after a while.
+
+        Not where a thread still waits in the group for servers: that would wait too.
+        """
         if not self._lost:
-            dist.destroy_process_group(self._group)
+            ending = threading.Thread(target=_end, args=(self._group,), daemon=True)
+            ending.start()
+            ending.join(LEAVE_SECONDS)
 
 
 class Broadcast:
@@ -106,6 +116,11 @@ class Broadcast:
             return False
         on_gpu = isinstance(self._sent, torch.cuda.Event)
         return bool(self._sent.query() if on_gpu else self._sent.is_completed())
+
+
+def _end(group: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # of a group that was broken off
+        dist.destroy_process_group(group)
 
 
 def _queued(group: Any, flat: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """GPU memory that SGLang servers read buckets from, and the buckets in it.
 
-Two slabs take turns, over buckets and pushes: while a server loads one bucket, the next is filled.
+Three slabs take turns, over buckets and pushes: while servers load two buckets, the next is filled.
 They come from the driver, not from torch's allocator, and are exported once: nothing of torch's
 reference counts is involved (each export of a torch storage wraps it in a further counter and
 event, which would add up on memory that stays), and `expandable_segments` and memory savers do no
@@ -25,9 +25,9 @@ from miles.sync._sglang_payload import Block, FlatBucket, Shared, described
 
 __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
-DEPTH = 1
-"""Buckets that may be with the servers at a time. With 2, a server took longer to load 32 buckets
-of 512 MiB (docs/sync.md): the two processes take turns on the GPU."""
+DEPTH = 2
+"""Buckets that may be with the servers at a time. With 1, a push took 87 ms where it takes 52 with
+2 (docs/sync.md)."""
 
 
 class Memory(Protocol):

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import shutil
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
 from miles.sync._plan import at_once, check_version
 from miles.sync._sglang_client import MIXED, Client
-from miles.sync._sglang_group import Group
+from miles.sync._sglang_group import LEAVE_SECONDS, Group
 from miles.sync._sglang_in_place import WORTH, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
 from miles.sync._sglang_push import Sent, ended, noted, write_folder
@@ -28,7 +29,6 @@ __all__ = ["SGLangSyncer"]
 
 Via = Literal["cuda_ipc", "value", "distributed", "disk"]
 Selector = Literal["target", "draft", "all"]
-GROUP = "miles_weights"
 FLUSH_SECONDS = 30.0
 """How long aborted requests may take to leave a server."""
 T = TypeVar("T")
@@ -43,18 +43,17 @@ class SGLangSyncer:
     a whole one, puts them right. What fails earlier changes nothing.
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
-    Each bucket is filled while servers load the one before. `"cuda_ipc"` makes none of weights that
-    lie in large allocations, such as a Megatron trainer's parameter buffers: servers read those
-    where they are, in one call.
+    Buckets are filled while servers load those before. `"cuda_ipc"` makes none of weights that lie
+    in large allocations, such as a Megatron trainer's parameter buffers or what `pack_parameters_`
+    makes: servers read those where they are, in one call.
 
     Args:
         urls: addresses of the servers, one for each replica.
         via: how bytes get there. `"cuda_ipc"`: a handle of GPU memory, for servers on this GPU;
             `"value"`: in the request itself, for small models and any network; `"distributed"`:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
-        bucket_bytes: most bytes of a bucket, but for a weight that has more. Two exist at a time,
-            which `"cuda_ipc"` keeps from push to push. Fewer calls
-            make a push faster: larger ones are.
+        bucket_bytes: most bytes of a bucket, but for a weight that has more. Larger ones are fewer
+            calls, and faster. `"cuda_ipc"` keeps three from push to push, others have one.
         in_place: for `"cuda_ipc"`: whether servers may read weights where they are. Only those of a
             list, a tuple or the items of a dict: what a generator gives may be gone by then.
         api_key: what the servers were started with (`--api-key`).
@@ -163,7 +162,7 @@ class SGLangSyncer:
         """Close connections, leave the process group, and free the buckets."""
         self._slabs.clear()
         self._leave()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False)
         for client in self._clients:
             client.close()
 
@@ -260,7 +259,7 @@ class SGLangSyncer:
                 with contextlib.suppress(SyncError):
                     self._on_all(lambda c: c.say(MIXED), to)
             if self._via == "distributed":
-                self._leave()
+                self._leave(by_force=True)
         if stopped and (self._drafts or not touched):
             with contextlib.suppress(SyncError):
                 self._resume(to)
@@ -353,11 +352,12 @@ class SGLangSyncer:
         return lambda: ended(calls, bucket)
 
     def _broadcast(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
+        assert self._group is not None
         body: dict[str, Any] = {
             "names": [weight.name for weight in bucket.metadata],
             "dtypes": [str(weight.dtype).removeprefix("torch.") for weight in bucket.metadata],
             "shapes": [list(weight.shape) for weight in bucket.metadata],
-            "group_name": GROUP,
+            "group_name": self._group.name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
@@ -368,7 +368,6 @@ class SGLangSyncer:
             )
             for client in to
         ]
-        assert self._group is not None
         group, work = self._group, self._group.broadcast(bucket.flat)
 
         def finish() -> None:
@@ -407,19 +406,18 @@ class SGLangSyncer:
         address, port = self._master
         size = 1 + sum(client.tp_size for client in self._clients)
         calls, offset = [], 1
+        # A server may have one that a trainer before us left behind, and waits if told to end it.
+        name = f"miles_weights_{uuid.uuid4().hex}"
         for client in self._clients:
             body = {
                 "master_address": address, "master_port": port, "rank_offset": offset,
-                "world_size": size, "group_name": GROUP, "backend": self._backend,
+                "world_size": size, "group_name": name, "backend": self._backend,
             }  # fmt: skip
-            # A group that a trainer before us left behind; there may be none.
-            with contextlib.suppress(SyncError):
-                client.post("/destroy_weights_update_group", {"group_name": GROUP})
             calls.append(self._pool.submit(client.post, "/init_weights_update_group", body))
             offset += client.tp_size
         try:
             self._group = Group(
-                address, port, size=size, name=GROUP, backend=self._backend, timeout=self._timeout
+                address, port, size=size, name=name, backend=self._backend, timeout=self._timeout
             )
         except (RuntimeError, ValueError) as error:
             failed = [call.exception() for call in calls if call.done() and call.exception()]
@@ -430,10 +428,23 @@ class SGLangSyncer:
             ) from error
         ended(calls, None)
 
-    def _leave(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+    def _leave(self, *, by_force: bool = False) -> None:
+        """Out of the group with all servers, since NCCL's end waits for all ranks, or by force."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        try:  # one that is gone would leave the others waiting
+            by_force = by_force or not self._on_all(Client.weight_version, self._clients)
+        except SyncError:
+            by_force = True
+        if by_force:
+            group.abandon()
+            group.close()
+            return
+        path, body = "/destroy_weights_update_group", {"group_name": group.name}
+        calls = [self._pool.submit(client.post, path, body) for client in self._clients]
+        group.close()
+        wait(calls, LEAVE_SECONDS)
 
     def _on_all(self, call: Callable[[Client], T], clients: list[Client]) -> list[T]:
         """Call all at once; every call ends before the first error is raised."""

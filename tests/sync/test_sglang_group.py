@@ -58,3 +58,14 @@ def test_what_the_thread_raises_is_raised_here(group, standstill):
     standstill.all_came.set()
     with pytest.raises(RuntimeError, match="the network is down"):
         group.finish(sent, [Future()])
+
+
+def test_an_end_that_other_ranks_do_not_come_to_is_left_to_itself(monkeypatch, group):
+    begun, over = threading.Event(), threading.Event()
+    monkeypatch.setattr(_sglang_group, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(
+        _sglang_group.dist, "destroy_process_group", lambda group: (begun.set(), over.wait(10))
+    )
+    group.close()
+    assert begun.is_set()
+    over.set()
