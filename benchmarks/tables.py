@@ -392,12 +392,12 @@ def weight_sync() -> str:
 def weight_sync_sglang() -> str:
     """Milliseconds of a push into a real server, ours beside SGLang's own client."""
     lines = [
-        "| hardware, date | client | model | GB | bucket, MiB | ms (p20 to p80) | gather, load,"
-        " commit | pause, ms | GB/s |",
+        "| hardware, date, commit | client | model | GB | bucket, MiB | ms (p20 to p80) |"
+        " gather, load, commit | pause, ms | GB/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows("weight_sync_sglang"):
-        cells = [f"{row['device']}, {row['date']}", row["client"], row["model"]]
+        cells = [f"{row['device']}, {row['date']}, {row['commit']}", row["client"], row["model"]]
         cells += [f"{int(row['bytes']) / 1e9:.1f}", row["bucket_mb"]]
         cells += [f"{row['ms']} ({row['ms_p20']} to {row['ms_p80']})"]
         cells += [", ".join(filter(None, (row[f"{n}_ms"] for n in ("gather", "load", "commit"))))]

@@ -157,7 +157,7 @@ def main(config: Config) -> None:
             print(f"the server is up after {time.perf_counter() - start:.0f} s", flush=True)
             first, count = 1, config.pushes + 2
             in_place = [
-                (f"miles, in place, {layout}", lambda *a, layout=layout: ours(*a, layout))
+                (f"miles, in place of {layout}", lambda *a, layout=layout: ours(*a, layout))
                 for layout in ("one allocation", "own allocations")
             ]
             buckets = [("miles", ours), ("SGLang", lambda *a: rival(*a, config.server_site))]

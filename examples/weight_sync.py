@@ -10,7 +10,8 @@ factory, and the same push is made once more. (A folder does not notice; the new
 After each push the engine samples, and its log-probs are compared with the trainer's. Half a minute
 on two CPU cores.
 
-Expected: every probe ends below 1e-4 on a CPU. It has not been run on a GPU.
+Expected: every probe ends below 1e-4, on a CPU and on a GPU (by cuda-ipc 3e-6 on an H200, torch
+2.11.0+cu130).
 """
 
 from __future__ import annotations
