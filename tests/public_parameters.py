@@ -259,7 +259,7 @@ PARAMETERS = {
     "miles.sync.CudaIpcReceiver": "target address * direct alias",
     "miles.sync.SGLangSyncer": (
         "urls * via bucket_bytes in_place api_key admin_key pause selector verify folder master "
-        "backend timeout assume_version"
+        "backend timeout assume_version trainers"
     ),
     "miles.sync.pack_parameters_": "module",
     "miles.sync.DiskSyncer": ("folder * delta full_every keep shard_bytes level trainers progress"),

@@ -15,6 +15,15 @@ MIXED = -1
 """The weight version of a server that got a part of an update."""
 
 
+READING = {
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "LlamaForCausalLM",
+    "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+}  # fmt: skip
+"""Models of SGLang whose loaders were seen to only read what they are given. Gemma's adds 1 to it,
+and gpt-oss's sets some of it to 0 (0.5.17)."""
+
+
 class Client:
     """A server's address, its version, and calls to it that fail with what to do.
 
@@ -48,6 +57,7 @@ class Client:
         self.sessions = False
         self.weight_cache = False
         self.draft = False
+        self.only_reads = False
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
         self._told: str | None = None  # the version that it was given last
@@ -70,7 +80,10 @@ class Client:
         known = self._told
         if known is None:
             self._learn(self._get("/server_info"))
-        said = self._get("/model_info").get("weight_version")
+        model = self._get("/model_info")
+        said = model.get("weight_version")
+        made = model.get("architectures") or ["unknown"]
+        self.only_reads = isinstance(made, list) and READING.issuperset(made)
         if known is not None and said != known:
             self._learn(self._get("/server_info"))
         if said in (None, "default"):

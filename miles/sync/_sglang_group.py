@@ -96,7 +96,9 @@ class Broadcast:
         """Whether all ranks have called."""
         self._sent: Any = None
         self._error: BaseException | None = None
-        stream = torch.cuda.current_stream(flat.device) if flat.is_cuda else None
+        # Not the current one: who fills the next bucket waits for that, and servers may never come.
+        # The bucket has been written.
+        stream = torch.cuda.Stream(flat.device) if flat.is_cuda else None
 
         def start() -> None:
             try:
@@ -110,10 +112,10 @@ class Broadcast:
 
     def finished(self) -> bool:
         """Whether everybody has it."""
-        if self._error is not None:
-            raise self._error
         if not self.begun:
             return False
+        if self._error is not None:
+            raise self._error
         on_gpu = isinstance(self._sent, torch.cuda.Event)
         return bool(self._sent.query() if on_gpu else self._sent.is_completed())
 

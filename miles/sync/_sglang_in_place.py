@@ -44,8 +44,9 @@ def split(
             raise SyncError(f"{name} came twice; expected each weight once")
         seen.add(name)
         memory.check(name, tensor)
-        # Sharded ones are gathered, which makes others of them.
-        if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
+        # Sharded ones are gathered, which makes others of them; loaders may `view` what they get.
+        plain = type(tensor) in (Tensor, Parameter) and tensor.is_contiguous()
+        if not plain or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
             others.append((name, tensor))
             continue
         if not start <= tensor.data_ptr() < end:

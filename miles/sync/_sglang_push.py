@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -14,13 +16,47 @@ import torch
 from torch import Tensor
 
 from miles.errors import SyncError
+from miles.sync._buckets import whole
 from miles.sync._sglang_client import Client
 from miles.sync._sglang_payload import FlatBucket, InPlace, flat_buckets
 
-__all__ = ["Sent", "ended", "noted", "write_folder"]
+__all__ = ["Queue", "Sent", "check_able", "ended", "noted", "write_folder"]
 
 ROWS = 4
 """First rows of a weight that are compared with what a server says that it holds."""
+
+
+class Queue:
+    """Buckets that are under way, so many at a time.
+
+    Args:
+        depth: how many.
+        sent: where it is noted.
+    """
+
+    def __init__(self, depth: int, sent: Sent) -> None:
+        self._depth, self._sent = depth, sent
+        self._under_way: deque[Callable[[], None]] = deque()
+
+    def make_room(self) -> None:
+        """Wait until one more may begin."""
+        while len(self._under_way) >= self._depth:
+            self._sent.wait(self._under_way.popleft())
+
+    def add(self, finish: Callable[[], None]) -> None:
+        """One has begun; what ends it."""
+        self._under_way.append(finish)
+
+    def end(self) -> None:
+        """Wait for all."""
+        while self._under_way:
+            self._sent.wait(self._under_way.popleft())
+
+    def abandon(self) -> None:
+        """Wait for all, whatever comes of them: servers may read them until then."""
+        while self._under_way:
+            with contextlib.suppress(SyncError):
+                self._under_way.popleft()()
 
 
 class Sent:
@@ -58,6 +94,31 @@ class Sent:
                 raise SyncError(f"{client.url} holds other values of {name} than were sent")
 
 
+def check_able(
+    clients: Sequence[Client], *, via: str, selector: str | None, pause: str | None
+) -> None:
+    """Raise `SyncError` for what these servers cannot do, before anything is touched."""
+    for client in clients:
+        if client.weight_cache:
+            raise SyncError(
+                f"{client.url} shares its weights with a weight-cache daemon and ends itself "
+                "when it is told to load others; use SGLangWeightCacheSyncer, or start it "
+                "with --weight-cache-mode off"
+            )
+        if via == "disk" and client.draft and not client.sessions:
+            raise SyncError(
+                f"{client.url} has a draft model, into which SGLang before 0.5.21 would load "
+                "the policy's files as well; expected via='cuda_ipc', 'value' or 'distributed' "
+                "with selector='target'"
+            )
+        if not client.sessions and (selector == "draft" or pause == "retract"):
+            raise SyncError(
+                f"{client.url} is older than 0.5.21, which cannot update a draft model alone "
+                "nor forget cached prefixes of retracted requests; expected selector other "
+                "than 'draft', and pause='abort'"
+            )
+
+
 def noted(
     weights: Iterable[tuple[str, Tensor]], sent: Sent, verify: Sequence[str]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -66,7 +127,7 @@ def noted(
         sent.tensors += 1
         sent.bytes += tensor.nbytes
         if name in verify:
-            sent.rows[name] = tensor.detach()[:ROWS].float().cpu()
+            sent.rows[name] = whole(tensor.detach())[:ROWS].float().cpu()
         yield name, tensor
     if missing := set(verify) - sent.rows.keys():
         raise SyncError(f"verify names {sorted(missing)}, which were not among the weights")

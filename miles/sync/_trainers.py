@@ -56,9 +56,35 @@ class Trainers:
             raise SyncError(f"rank 0 of the trainers failed: {result['error']}")
         return result["result"]
 
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, on every rank, in the order of ranks; all of them call it.
+
+        Raises:
+            SyncError: another rank failed and the group timed out.
+        """
+        if self._group is None:
+            return [text]
+        try:
+            return self._gather(text.encode(), self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+    def _gather(self, body: bytes, group: dist.ProcessGroup) -> list[str]:
+        device = _device_of(group)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+        dist.all_gather(lengths, torch.tensor([len(body)], device=device), group=group)
+        counts = [int(length) for length in lengths]
+        padded = bytearray(body.ljust(max(counts, default=0) or 1))
+        mine = torch.frombuffer(padded, dtype=torch.uint8).to(device)
+        parts = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(parts, mine, group=group)
+        return [
+            part[:count].cpu().numpy().tobytes().decode()
+            for part, count in zip(parts, counts, strict=True)
+        ]
+
     def _share(self, message: Any, group: dist.ProcessGroup) -> Any:
-        cpu = "cpu:" in dist.get_backend_config(group)
-        device = torch.device("cpu" if cpu else "cuda")
+        device = _device_of(group)
         body = bytearray(json.dumps(message).encode()) if self.rank == 0 else bytearray()
         length = torch.tensor([len(body)], device=device)
         _broadcast(length, group)
@@ -68,6 +94,10 @@ class Trainers:
             data = torch.empty(int(length), dtype=torch.uint8, device=device)
         _broadcast(data, group)
         return json.loads(data.cpu().numpy().tobytes())
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
 
 
 def _is_of_the_wire(error: BaseException) -> bool:

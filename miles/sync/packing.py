@@ -16,7 +16,7 @@ ALIGNMENT = 256
 
 
 def pack_parameters_(module: nn.Module) -> None:
-    """Move a model's parameters into one allocation; they stay the same objects.
+    """Move a model's parameters into one allocation, unless they are in one; the same objects stay.
 
     `SGLangSyncer(via="cuda_ipc")` then hands it to servers in one call and copies nothing. Values,
     gradients and optimizers are what they were; tied parameters stay tied. Until the old memory is
@@ -27,7 +27,8 @@ def pack_parameters_(module: nn.Module) -> None:
             handed to other processes, and packing is of no use.
 
     Raises:
-        SettingError: parameters on several devices, sharded ones, or ones that overlap.
+        SettingError: parameters on several devices, sharded ones, ones that overlap, or parts of
+            larger memory.
 
     Example:
         >>> import torch
@@ -51,6 +52,14 @@ def pack_parameters_(module: nn.Module) -> None:
         raise SettingError(
             f"parameters are on {sorted(map(str, devices))}; expected one device: move the model"
         )
+    if len({p.untyped_storage().data_ptr() for _, p in named if p.numel()}) <= 1:
+        return
+    parts = [name for name, p in named if p.untyped_storage().nbytes() > max(p.nbytes, 16)]
+    if parts:
+        raise SettingError(
+            f"{parts[:3]} are parts of larger memory, which an optimizer may write to (ZeRO's, "
+            "Megatron's) or others share; expected parameters with memory of their own"
+        )
     _check_apart(named)
     starts, end = [], 0
     for _, parameter in named:
@@ -58,8 +67,11 @@ def pack_parameters_(module: nn.Module) -> None:
         end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
     memory = torch.empty(end, dtype=torch.uint8, device=devices.pop())
     for (_, parameter), start in zip(named, starts, strict=True):
-        part = memory[start : start + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        parameter.data = part.copy_(parameter.data)
+        part = memory[start : start + parameter.nbytes].view(parameter.dtype)
+        stride = torch.empty_like(
+            parameter, device="meta"
+        ).stride()  # as gradients and moments have
+        parameter.data = part.as_strided(parameter.shape, stride).copy_(parameter.data)
 
 
 def _check_apart(named: list[tuple[str, Parameter]]) -> None:

@@ -7,23 +7,26 @@ import itertools
 import shutil
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
+from miles.sync._buckets import whole
 from miles.sync._plan import at_once, check_version
 from miles.sync._sglang_client import MIXED, Client
 from miles.sync._sglang_group import LEAVE_SECONDS, Group
 from miles.sync._sglang_in_place import WORTH, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
-from miles.sync._sglang_push import Sent, ended, noted, write_folder
+from miles.sync._sglang_push import Queue, Sent, check_able, ended, noted, write_folder
 from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
+from miles.sync._trainers import Trainers
 
 __all__ = ["SGLangSyncer"]
 
@@ -54,8 +57,11 @@ class SGLangSyncer:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
         bucket_bytes: most bytes of a bucket, but for a weight that has more. Larger ones are fewer
             calls, and faster. `"cuda_ipc"` keeps three from push to push, others have one.
-        in_place: for `"cuda_ipc"`: whether servers may read weights where they are. Only those of a
-            list, a tuple or the items of a dict: what a generator gives may be gone by then.
+        in_place: for `"cuda_ipc"`: whether servers read weights where they are. None: where the
+            loader of their model only reads, which is known of Llama, Mistral, Qwen 2 and 3,
+            DeepSeek 2 and 3 and GLM 4 MoE. True: you know it of another one; those of Gemma and
+            gpt-oss would write to your weights. Only from a trainer of one process to servers of
+            one rank each, and a list, a tuple or the items of a dict, which stay until then.
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
@@ -71,6 +77,11 @@ class SGLangSyncer:
             the same `NCCL_CUMEM_ENABLE`, which is 0 in a server's environment that has none.
         timeout: seconds for a call.
         assume_version: treat an unknown version of SGLang as this one.
+        trainers: the ranks that hold the weights, if there are several. All of them push, the same
+            names in the same order, and rank 0 of it talks to the servers. With `"cuda_ipc"` a
+            sharded weight is gathered into a bucket on each rank, and where servers have as many
+            ranks as the trainer, rank by rank in the order of `urls`, each reads the bucket of its
+            own; else all read that of rank 0.
 
     Example:
         >>> import torch
@@ -87,7 +98,7 @@ class SGLangSyncer:
         *,
         via: Via = "cuda_ipc",
         bucket_bytes: int = 1 << 29,
-        in_place: bool = True,
+        in_place: bool | None = None,
         api_key: str | None = None,
         admin_key: str | None = None,
         pause: Literal["abort", "retract"] | None = "abort",
@@ -98,12 +109,11 @@ class SGLangSyncer:
         backend: str = "nccl",
         timeout: float = 600.0,
         assume_version: str | None = None,
+        trainers: dist.ProcessGroup | None = None,
     ) -> None:
         if via not in ("cuda_ipc", "value", "distributed", "disk"):
             raise SettingError(f"via is {via!r}; expected cuda_ipc, value, distributed or disk")
-        if (via == "disk") != (folder is not None) or (via == "distributed") != (
-            master is not None
-        ):
+        if (folder is None, master is None) != (via != "disk", via != "distributed"):
             raise SettingError(
                 f"via={via!r} with folder={folder!r} and master={master!r}; expected folder= with "
                 "disk, master= with distributed, and neither with the others"
@@ -129,7 +139,7 @@ class SGLangSyncer:
         # A server's weight version is the policy's, so a draft model has one of its own, kept here.
         self._drafts, self._drafted = selector == "draft", 0
         self._group: Group | None = None
-        self._in_place = in_place
+        self._in_place, self._trainers = in_place, Trainers(trainers)
         self._memory: Memory = CudaMemory()
         self._slabs = Slabs(bucket_bytes, self._memory)
         self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
@@ -139,14 +149,23 @@ class SGLangSyncer:
 
         Raises:
             SyncError: what went wrong, at which server; whether it still serves what it did, or
-                holds a part of the new version and is left paused.
+                holds a part of the new version and is left paused. What goes wrong on rank 0 of
+                `trainers` is raised on all of them; what does on another, there, and on the rest
+                when the group times out.
         """
         start = time.perf_counter()
-        versions = self._on_all(Client.weight_version, self._clients)
-        behind = self._behind(version, versions)
+
+        def ask() -> list[int]:
+            if self._trainers.rank:
+                return []
+            versions = self._on_all(Client.weight_version, self._clients)
+            found = self._behind(version, versions)
+            check_able(found, via=self._via, selector=self._selector, pause=self._pause)
+            return [self._clients.index(client) for client in found]
+
+        behind = [self._clients[i] for i in self._trainers.agree(ask)]
         sent = Sent()
         if behind:
-            self._check(behind)
             self._update(weights, behind, version, sent)
         return SyncReport(
             version=version,
@@ -180,36 +199,19 @@ class SGLangSyncer:
         behind = [c for c, had in zip(self._clients, versions, strict=True) if had < version]
         return self._clients if self._via == "distributed" and behind else behind
 
-    def _check(self, behind: list[Client]) -> None:
-        """What this version of SGLang cannot do, before anything is touched."""
-        for client in behind:
-            if client.weight_cache:
-                raise SyncError(
-                    f"{client.url} shares its weights with a weight-cache daemon and ends itself "
-                    "when it is told to load others; use SGLangWeightCacheSyncer, or start it "
-                    "with --weight-cache-mode off"
-                )
-            if self._via == "disk" and client.draft and not client.sessions:
-                raise SyncError(
-                    f"{client.url} has a draft model, into which SGLang before 0.5.21 would load "
-                    "the policy's files as well; expected via='cuda_ipc', 'value' or 'distributed' "
-                    "with selector='target'"
-                )
-            if not client.sessions and (self._selector == "draft" or self._pause == "retract"):
-                raise SyncError(
-                    f"{client.url} is older than 0.5.21, which cannot update a draft model alone "
-                    "nor forget cached prefixes of retracted requests; expected selector other "
-                    "than 'draft', and pause='abort'"
-                )
-
     def _update(
         self, weights: Iterable[tuple[str, Tensor]], to: list[Client], version: int, sent: Sent
     ) -> None:
         stopped = touched = False
-        try:
-            begun = time.perf_counter()
+        begun = paused = ready = time.perf_counter()
+        prepared: list[Callable[[], None]] = []
+
+        def begin() -> None:
+            nonlocal stopped, touched, paused, ready
             # What can go wrong with the weights themselves mostly does so here already.
-            hand_over = self._prepared(weights, to, version, sent)
+            prepared.append(self._prepared(weights, to, version, sent))
+            if self._trainers.rank:
+                return
             paused = time.perf_counter()
             stopped = True
             if self._pause is not None:
@@ -225,14 +227,23 @@ class SGLangSyncer:
             if not self._drafts:
                 self._on_all(lambda c: c.say(MIXED), to)
             self._session("/begin_weight_update", to)
-            hand_over()
-            ended = time.perf_counter()
+
+        def end() -> int:
+            if self._trainers.rank:
+                return 0
             self._session("/end_weight_update", to)
             self._on_all(lambda c: sent.compare(c), to)
             if not self._drafts:
                 self._on_all(lambda c: c.say(version), to)
             self._resume(to)
             self._drafted = version
+            return sent.buckets
+
+        try:
+            self._trainers.agree(begin)
+            prepared[0]()
+            ended = time.perf_counter()
+            sent.buckets = self._trainers.agree(end)
             done = time.perf_counter()
             sent.phases = {
                 "gather": paused - begun + ended - ready - sent.waited,
@@ -241,6 +252,9 @@ class SGLangSyncer:
                 "pause": done - paused,
             }
         except BaseException as error:
+            if self._trainers.rank:
+                self._slabs.clear()
+                raise
             where = self._after_failure(to, stopped, touched)
             if isinstance(error, SyncError):
                 raise SyncError(f"version {version} was not pushed, {where}. {error}") from error
@@ -288,19 +302,28 @@ class SGLangSyncer:
         self, weights: Iterable[tuple[str, Tensor]], to: list[Client], version: int, sent: Sent
     ) -> Callable[[], None]:
         """All that can be done while servers still serve; what does the rest."""
-        if self._via == "disk":
-            path = self._write(noted(weights, sent, self._verify), version, sent)
-            return lambda: self._by_disk(path, to, sent)
         named: Iterable[tuple[str, Tensor]] = noted(weights, sent, self._verify)
+        if self._via == "disk":
+            pairs = ((name, whole(tensor.detach())) for name, tensor in named)
+            try:
+                if self._folder is not None and not self._trainers.rank:
+                    path = self._folder / f"version-{version}"
+                    sent.buckets = write_folder(pairs, path, self._bucket_bytes)
+                    return lambda: self._by_disk(path, to, sent)
+            finally:  # the gathers of the other ranks need this one, whatever happened
+                for _ in () if self._trainers.alone else pairs:
+                    pass
+            return lambda: None
         buckets: Iterator[FlatBucket | InPlace]
         if self._via == "cuda_ipc":
             together, here = at_once(weights), None
-            if together and self._in_place:
+            if together and self._may_read(to):
                 here, named = split(named, self._memory, WORTH)
             buckets = self._slabs.buckets(named, together=together)
             if here is not None:
                 sent.in_place = here.nbytes
-                buckets = itertools.chain([here], buckets)
+                # The first bucket is filled while servers still serve.
+                buckets = itertools.chain([here], list(itertools.islice(buckets, 1)), buckets)
         else:
             on_gpu = self._via == "distributed" and self._backend == "nccl"
             buckets = flat_buckets(
@@ -314,37 +337,62 @@ class SGLangSyncer:
             raise SyncError("no weights were given; expected those of the whole model")
         return lambda: self._by_buckets(itertools.chain([first], buckets), to, sent)
 
+    def _may_read(self, servers: list[Client]) -> bool:
+        """Whether weights may be read in place; a rank on another GPU would copy all at once."""
+        if self._in_place is False or not self._trainers.alone:
+            return False
+        return all(c.tp_size == 1 and (c.only_reads or self._in_place) for c in servers)
+
     def _by_buckets(
         self, buckets: Iterable[FlatBucket | InPlace], to: list[Client], sent: Sent
     ) -> None:
-        start: Any = self._broadcast if self._via == "distributed" else self._deliver
-        depth = DEPTH if self._via == "cuda_ipc" else 1
-        under_way: deque[Callable[[], None]] = deque()
+        queue = Queue(DEPTH if self._via == "cuda_ipc" else 1, sent)
         try:
             for bucket in buckets:
-                while len(under_way) >= depth:
-                    sent.wait(under_way.popleft())
-                under_way.append(start(bucket, to))
+                payloads = self._payloads(bucket)
+                # A rank fills its next bucket when rank 0 has given this one to the servers.
+                self._trainers.agree(partial(self._start, bucket, payloads, to, queue))
                 sent.buckets += 1
-            while under_way:
-                sent.wait(under_way.popleft())
-        finally:  # what servers may still read is not written again
-            for finish in under_way:
-                with contextlib.suppress(SyncError):
-                    finish()
+            self._trainers.agree(queue.end)
+        finally:
+            queue.abandon()
 
-    def _deliver(self, bucket: FlatBucket | InPlace, to: list[Client]) -> Callable[[], None]:
-        """Start to hand over a bucket; what ends it."""
-        calls = []
-        load_format: str | None = "flattened_bucket"
+    def _payloads(self, bucket: FlatBucket | InPlace) -> list[str]:
+        """What servers unpack: each rank's, or that of rank 0."""
+        if self._via == "distributed" or (self._via == "value" and self._trainers.rank):
+            return []
         if isinstance(bucket, InPlace):
-            payload, load_format = bucket.payload, None
+            return self._trainers.gather(bucket.payload)
+        if self._via == "value":
+            return [by_value(bucket)]
+        return self._trainers.gather(by_handle(bucket))
+
+    def _start(
+        self, bucket: FlatBucket | InPlace, payloads: list[str], to: list[Client], queue: Queue
+    ) -> None:
+        if self._trainers.rank:
+            return
+        queue.make_room()
+        if isinstance(bucket, FlatBucket) and self._via == "distributed":
+            queue.add(self._broadcast(bucket, to))
         else:
-            payload = by_value(bucket) if self._via == "value" else by_handle(bucket)
-        for client in to:
+            queue.add(self._deliver(bucket, payloads, to))
+
+    def _deliver(
+        self, bucket: FlatBucket | InPlace, payloads: list[str], to: list[Client]
+    ) -> Callable[[], None]:
+        """Start to hand over a bucket; what ends it."""
+        calls, ranks = [], 0
+        own = len(payloads) == sum(client.tp_size for client in self._clients)
+        for client in self._clients:
+            first, ranks = ranks, ranks + client.tp_size
+            if client not in to:
+                continue
             body: dict[str, Any] = {
-                "serialized_named_tensors": [payload] * client.tp_size,
-                "load_format": load_format,
+                "serialized_named_tensors": payloads[first:ranks]
+                if own
+                else payloads[:1] * client.tp_size,
+                "load_format": None if isinstance(bucket, InPlace) else "flattened_bucket",
                 "flush_cache": False,
             }
             path = "/update_weights_from_tensor"
@@ -383,12 +431,6 @@ class SGLangSyncer:
             return {"selector": self._selector}
         return {"disable_draft_model": self._selector == "target"}
 
-    def _write(self, weights: Iterable[tuple[str, Tensor]], version: int, sent: Sent) -> Path:
-        assert self._folder is not None
-        path = self._folder / f"version-{version}"
-        sent.buckets = write_folder(weights, path, self._bucket_bytes)
-        return path
-
     def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
         # Without a format the server takes the one that it was started with, such as "dummy".
         body = {
@@ -426,7 +468,11 @@ class SGLangSyncer:
                 f"no process group with the servers at {address}:{port}: {reason}; expected a "
                 "free port of this host, and an address by which servers reach it"
             ) from error
-        ended(calls, None)
+        try:
+            ended(calls, None)
+        except SyncError:
+            self._leave(by_force=True)
+            raise
 
     def _leave(self, *, by_force: bool = False) -> None:
         """Out of the group with all servers, since NCCL's end waits for all ranks, or by force."""
@@ -451,7 +497,3 @@ class SGLangSyncer:
         futures = [self._pool.submit(call, client) for client in clients]
         wait(futures)
         return [future.result() for future in futures]
-
-
-def _nothing() -> None:
-    """Nothing is under way."""

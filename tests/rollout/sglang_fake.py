@@ -100,6 +100,7 @@ class FakeSGLang(Control):
         model_path: str = "fake",
     ) -> None:
         self.version, self.weight_version = version, weight_version
+        self.architectures: list[str] = []
         self.strict = tuple(map(int, version.split(".")[:3])) >= (0, 5, 21)
         self.spans = tuple(map(int, version.split(".")[:3])) >= (0, 5, 19)
         self.step_seconds, self.max_running = step_seconds, max_running
@@ -264,7 +265,7 @@ class FakeSGLang(Control):
     async def model_info(self, body: Any) -> Any:
         return {
             "model_path": self.model_path, "is_generation": True,
-            "weight_version": self.weight_version,
+            "weight_version": self.weight_version, "architectures": self.architectures,
         }  # fmt: skip
 
     # Generating.

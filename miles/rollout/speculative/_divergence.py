@@ -229,8 +229,9 @@ class _Divergence(torch.autograd.Function):
                 weight_R = weight_R.new_zeros(len(slopes_RU)).index_copy(0, rows_P, weight_R)
             weight_R1 = weight_R[:, None]
             # A term without weight adds nothing, whatever its numbers are.
-            grad_RU = slopes_RU.clone() if kept else slopes_RU
-            grad_RU.mul_(weight_R1.to(slopes_RU.dtype)).masked_fill_(weight_R1 == 0, 0)
+            factor_R1 = weight_R1.to(slopes_RU.dtype)
+            grad_RU = slopes_RU * factor_R1 if kept else slopes_RU.mul_(factor_R1)
+            grad_RU.masked_fill_(weight_R1 == 0, 0)
             out.append(grad_RU)
         return None, *out
 

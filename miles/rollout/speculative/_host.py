@@ -17,12 +17,14 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._begun: dict[int, tuple[Tensor, Tensor, torch.cuda.Event]] = {}
+        self._begun: dict[int, tuple[Tensor, Tensor, torch.cuda.Event | None]] = {}
 
     def begin(self, *values: Any) -> None:
-        """Queue copies of what is on a GPU; what is not, or is no tensor, is passed over."""
+        """Queue copies of what is on a GPU, and copy what is not; others than tensors pass by."""
         for tensor in values:
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
+            if isinstance(tensor, Tensor) and not tensor.is_cuda:
+                self._begun[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True), None
+            elif isinstance(tensor, Tensor):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
                 copied = torch.cuda.Event()
@@ -34,12 +36,15 @@ class HostCopies:
         if id(tensor) not in self._begun:
             return tensor.cpu()
         _, host, copied = self._begun[id(tensor)]
-        copied.synchronize()
+        if copied is not None:
+            copied.synchronize()
         return host
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device; from the CPU to a GPU without waiting."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # A copy, also of what is pinned: its owner may write to it before the GPU gets here.
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor).to(device, non_blocking=True)
     return tensor.to(device)

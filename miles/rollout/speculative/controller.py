@@ -140,19 +140,21 @@ class DraftController:
         learnt, since most steps of a resting draft are at the same batch."""
         if self._predicted_by is not self.cost:
             self._predicted_by = self.cost
-            self._predicted.clear()
-        if batch not in self._predicted:
+            self._predicted = {}
+        kept = self._predicted  # what is learnt meanwhile, in another thread, begins another
+        found = kept.get(batch)
+        if found is None:
             decode = self.cost.t_decode(batch)
             at_worst = TRIAL * (self.cost.t_step(batch, 1) - decode)
-            self._predicted[batch] = self.speedups(batch), decode, at_worst
-        return self._predicted[batch]
+            found = kept[batch] = self.speedups(batch), decode, at_worst
+        return found
 
     def observe(self, stats: AcceptanceStats) -> None:
         """What a step, or several, kept; plain steps change nothing."""
         if not stats.judged:
             return
-        self._predicted.clear()
         self._recent.add(stats)
+        self._predicted = {}
         self._slow.add(stats)
         measured = self._slow.measured(self._min_rows)
         self._best[: len(measured)] = map(max, measured, self._best[: len(measured)])
@@ -213,8 +215,8 @@ class DraftController:
                 f"the state is not of a DraftController with max_steps={self.max_steps}; expected "
                 "what state_dict() of one returned"
             )
-        self._predicted.clear()
         self._recent.load(state["recent"])
+        self._predicted = {}
         self._slow.load(state["slow"])
         self._best = list(state["best"])
         self._current, self._credit = int(state["current"]), float(state["credit"])

@@ -229,8 +229,9 @@ class DraftTrainer:
         or packed `[1, T]` batches, and for calls of the decoder alone or with `logits_to_keep`.
 
         Args:
-            mask: what `observe` would be given. Given here, its copy to the host is queued before
-                the pass, as those of the pass's own inputs are, and nothing waits for the GPU.
+            mask: what `observe` would be given. Given here, a copy of its values to the host is
+                queued before the pass, as those of the pass's own inputs are, and nothing waits for
+                the GPU.
             seq_ids_BL: likewise, with the mask.
 
         Raises:

@@ -209,3 +209,20 @@ def test_a_mask_is_given_once():
     learner.discard()
     observe_once(learner, ids_BL)  # the mask is forgotten with its pass
     assert learner.pending == 1
+
+
+def test_a_mask_counts_as_it_was_when_the_pass_began():
+    """On a CPU too: a copy to the host of a GPU's mask is of that time."""
+    policy, given = tiny("llama"), []
+    ids_BL = token_batch(4, 12)
+    for change in (False, True):
+        mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        torch.manual_seed(0)
+        made = DraftTrainer(Eagle3Draft.from_target(policy, dtype=torch.float32), policy, share=1.0)
+        with made.capture(mask_BL):
+            policy(ids_BL, use_cache=False)
+        if change:
+            mask_BL[:, 4:] = False
+        made.observe()
+        given.append(made.step()["draft/loss"].item())
+    assert given[0] == given[1]
