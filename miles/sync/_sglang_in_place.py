@@ -15,6 +15,7 @@ from miles.sync._sglang_slabs import Memory
 
 __all__ = ["WORTH", "split"]
 
+FUSED = ".q_a_proj.", ".kv_a_proj_with_mqa."
 WORTH = 1 << 27
 """Bytes of weights from which on to open their allocation costs a server less than a copy: about
 0.15 ms (docs/sync.md)."""
@@ -45,7 +46,9 @@ def split(
         seen.add(name)
         memory.check(name, tensor)
         # Sharded ones are gathered, which makes others of them; loaders may `view` what they get.
+        # Two that have to come together may lie apart; `groups` brings them together.
         plain = type(tensor) in (Tensor, Parameter) and tensor.is_contiguous()
+        plain = plain and not any(part in name for part in FUSED)
         if not plain or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
             others.append((name, tensor))
             continue

@@ -22,7 +22,7 @@ from miles.sync._buckets import whole
 
 __all__ = [
     "Block", "FlatBucket", "InPlace", "Shared", "by_handle", "by_place", "by_value", "described",
-    "flat_buckets",
+    "extent", "flat_buckets", "groups",
 ]  # fmt: skip
 
 ALIGNMENT = 256
@@ -99,28 +99,58 @@ def flat_buckets(
         tight: without gaps, as SGLang lays a bucket out by itself; then a bucket ends where the
             next weight would not be aligned.
     """
-    seen: set[str] = set()
-    bucket, used = None, 0
-    for name, shard in weights:
-        tensor = whole(shard.detach())
-        if name in seen:
-            raise SyncError(f"{name} came twice; expected each weight once")
-        seen.add(name)
-        start = used if tight else -(-used // ALIGNMENT) * ALIGNMENT
-        full = bucket is not None and start + tensor.nbytes > bucket_bytes
-        if bucket is not None and (full or start % tensor.itemsize):
+    bucket, used, align = None, 0, 1 if tight else ALIGNMENT
+    for group in groups(weights):
+        first = group[0][1]
+        start, room = -(-used // align) * align, extent(group, align)
+        if bucket is not None and (start + room > bucket_bytes or start % first.itemsize):
             yield _finished(bucket, used)
             bucket = None
         if bucket is None:
-            place = tensor.device if tensor.is_cuda and device == "cuda" else torch.device(device)
-            size = max(bucket_bytes, tensor.nbytes)
-            bucket, start = FlatBucket(torch.empty(size, dtype=torch.uint8, device=place)), 0
-        used = start + tensor.nbytes
-        out = bucket.flat[start:used]
-        out.copy_(tensor.contiguous().reshape(-1).view(torch.uint8), non_blocking=device == "cuda")
-        bucket.metadata.append(described(name, tensor, start))
+            place = first.device if first.is_cuda and device == "cuda" else torch.device(device)
+            size, used = max(bucket_bytes, room), 0
+            bucket = FlatBucket(torch.empty(size, dtype=torch.uint8, device=place))
+        for name, tensor in group:
+            start = -(-used // align) * align
+            used = start + tensor.nbytes
+            data = tensor.contiguous().reshape(-1).view(torch.uint8)
+            bucket.flat[start:used].copy_(data, non_blocking=device == "cuda")
+            bucket.metadata.append(described(name, tensor, start))
     if bucket is not None:
         yield _finished(bucket, used)
+
+
+def groups(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Whole weights, one by one, but two together that SGLang fuses if one call brings both.
+
+    Its loaders of DeepSeek's latent attention drop a `q_a_proj` or a `kv_a_proj_with_mqa` without a
+    word where the other is not in the same call. The first of them is held back, as a copy.
+
+    Raises:
+        SyncError: a name came twice.
+    """
+    seen: set[str] = set()
+    waiting: dict[str, tuple[str, Tensor]] = {}
+    for name, shard in weights:
+        if name in seen:
+            raise SyncError(f"{name} came twice; expected each weight once")
+        seen.add(name)
+        tensor = whole(shard.detach())
+        pair = name.replace(".kv_a_proj_with_mqa.", ".q_a_proj.")
+        if ".q_a_proj." not in pair:
+            yield [(name, tensor)]
+        elif pair in waiting:
+            yield [waiting.pop(pair), (name, tensor)]
+        else:
+            waiting[pair] = name, tensor.clone()
+    for left in waiting.values():
+        yield [left]
+
+
+def extent(group: Sequence[tuple[str, Tensor]], align: int) -> int:
+    """Bytes of weights that begin at multiples of `align`."""
+    *others, (_, last) = group
+    return sum(-(-tensor.nbytes // align) * align for _, tensor in others) + last.nbytes
 
 
 def by_value(bucket: FlatBucket) -> str:

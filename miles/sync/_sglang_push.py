@@ -40,8 +40,7 @@ class Queue:
 
     def make_room(self) -> None:
         """Wait until one more may begin."""
-        while len(self._under_way) >= self._depth:
-            self._sent.wait(self._under_way.popleft())
+        self._settle(self._depth - 1)
 
     def add(self, finish: Callable[[], None]) -> None:
         """One has begun; what ends it."""
@@ -49,8 +48,15 @@ class Queue:
 
     def end(self) -> None:
         """Wait for all."""
-        while self._under_way:
-            self._sent.wait(self._under_way.popleft())
+        self._settle(0)
+
+    def _settle(self, under_way: int) -> None:
+        try:
+            while len(self._under_way) > under_way:
+                self._sent.wait(self._under_way.popleft())
+        except BaseException:
+            self.abandon()  # other ranks free their slabs when they hear of it
+            raise
 
     def abandon(self) -> None:
         """Wait for all, whatever comes of them: servers may read them until then."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from miles.errors import SyncError
 from miles.sync import _copies, _cuda_driver
-from miles.sync._buckets import whole
 from miles.sync._checksum import BLOCK
 from miles.sync._copies import Pieces
-from miles.sync._sglang_payload import Block, FlatBucket, Shared, described
+from miles.sync._sglang_payload import Block, FlatBucket, Shared, described, extent, groups
+from miles.sync._trainers import Trainers
 
 __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
@@ -88,11 +88,15 @@ class Slabs:
     Args:
         bucket_bytes: most bytes of a bucket, save where one weight has more: its slab grows.
         memory: where they lie.
+        trainers: ranks that fill slabs at the same time.
     """
 
-    def __init__(self, bucket_bytes: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self, bucket_bytes: int, memory: Memory | None = None, trainers: Trainers | None = None
+    ) -> None:
         self._bucket_bytes = bucket_bytes
         self._memory = memory or CudaMemory()
+        self._trainers = trainers or Trainers(None)
         self._slabs: list[Shared | None] = [None] * (DEPTH + 1)
         self._turn = 0
 
@@ -114,35 +118,39 @@ class Slabs:
         Raises:
             SyncError: a name came twice; a tensor is not on a GPU; no memory is left.
         """
-        seen: set[str] = set()
         filling: _Filling | None = None
-        for name, shard in weights:
-            tensor = whole(shard.detach())
-            if name in seen:
-                raise SyncError(f"{name} came twice; expected each weight once")
-            seen.add(name)
-            self._memory.check(name, tensor)
-            if filling is not None and filling.used + tensor.nbytes > self._bucket_bytes:
+        for group in groups(weights):
+            for name, tensor in group:
+                self._memory.check(name, tensor)
+            room = extent(group, BLOCK)
+            if filling is not None and filling.used + room > self._bucket_bytes:
                 yield filling.finished()
                 filling = None
             if filling is None:
-                filling = _Filling(self._next(tensor))
-            filling.add(name, tensor)
+                filling = _Filling(self._next(group[0][1].device, room))
+            for name, tensor in group:
+                filling.add(name, tensor)
             if not together:
                 filling.write()
         if filling is not None:
             yield filling.finished()
 
-    def _next(self, first: Tensor) -> Shared:
-        """The slab whose turn it is, with room for this tensor."""
+    def _next(self, device: torch.device, nbytes: int) -> Shared:
+        """The slab whose turn it is, with so much room."""
         turn = self._turn
         self._turn = (turn + 1) % len(self._slabs)
-        size = -(-max(self._bucket_bytes, first.nbytes) // BLOCK) * BLOCK
+        size = -(-max(self._bucket_bytes, nbytes) // BLOCK) * BLOCK
         slab = self._slabs[turn]
-        if slab is None or slab.memory.device != first.device or slab.memory.numel() < size:
+        if slab is None or slab.memory.device != device or slab.memory.numel() < size:
             self._slabs[turn] = None  # freed before there is another
             del slab
-            slab = self._slabs[turn] = self._memory.allocate(first.device, size)
+
+            def make() -> None:
+                self._slabs[turn] = self._memory.allocate(device, size)
+
+            self._trainers.agree(make)  # before the others wait for this rank's next shard
+            slab = self._slabs[turn]
+            assert slab is not None
         return slab
 
 

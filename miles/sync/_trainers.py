@@ -69,6 +69,10 @@ class Trainers:
         except RuntimeError as error:
             raise _lost(error) from error
 
+    def told(self, error: BaseException) -> BaseException:
+        """The error, or what it means if a collective of the trainers failed."""
+        return error if self.alone or not _is_of_the_wire(error) else _lost(error)
+
     def _gather(self, body: bytes, group: dist.ProcessGroup) -> list[str]:
         device = _device_of(group)
         lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]

@@ -141,7 +141,7 @@ class SGLangSyncer:
         self._group: Group | None = None
         self._in_place, self._trainers = in_place, Trainers(trainers)
         self._memory: Memory = CudaMemory()
-        self._slabs = Slabs(bucket_bytes, self._memory)
+        self._slabs = Slabs(bucket_bytes, self._memory, self._trainers)
         self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
@@ -216,9 +216,8 @@ class SGLangSyncer:
             stopped = True
             if self._pause is not None:
                 self._on_all(lambda c: c.post("/pause_generation", {"mode": self._pause}), to)
-            # Nothing is computed while servers are paused, so this is as good as afterwards, and
-            # one that cannot be emptied has not been touched yet. (The update's own flush_cache
-            # would kill it.)
+            # As good as afterwards, since they are paused; one that cannot be emptied has not been
+            # touched yet. (The update's own flush_cache would kill it.)
             self._on_all(lambda c: c.post("/flush_cache", timeout=FLUSH_SECONDS), to)
             if self._via == "distributed" and self._group is None:
                 self._join()
@@ -254,10 +253,10 @@ class SGLangSyncer:
         except BaseException as error:
             if self._trainers.rank:
                 self._slabs.clear()
-                raise
-            where = self._after_failure(to, stopped, touched)
-            if isinstance(error, SyncError):
-                raise SyncError(f"version {version} was not pushed, {where}. {error}") from error
+                raise self._trainers.told(error) from error
+            where, told = self._after_failure(to, stopped, touched), self._trainers.told(error)
+            if isinstance(told, SyncError):
+                raise SyncError(f"version {version} was not pushed, {where}. {told}") from error
             error.add_note(f"version {version} was not pushed, {where}")
             raise
 
@@ -309,11 +308,11 @@ class SGLangSyncer:
                 if self._folder is not None and not self._trainers.rank:
                     path = self._folder / f"version-{version}"
                     sent.buckets = write_folder(pairs, path, self._bucket_bytes)
-                    return lambda: self._by_disk(path, to, sent)
+                    return lambda: self._trainers.agree(partial(self._by_disk, path, to, sent))
             finally:  # the gathers of the other ranks need this one, whatever happened
                 for _ in () if self._trainers.alone else pairs:
                     pass
-            return lambda: None
+            return lambda: self._trainers.agree(lambda: None)
         buckets: Iterator[FlatBucket | InPlace]
         if self._via == "cuda_ipc":
             together, here = at_once(weights), None
@@ -341,7 +340,8 @@ class SGLangSyncer:
         """Whether weights may be read in place; a rank on another GPU would copy all at once."""
         if self._in_place is False or not self._trainers.alone:
             return False
-        return all(c.tp_size == 1 and (c.only_reads or self._in_place) for c in servers)
+        known = [c.only_reads and (self._selector == "target" or not c.draft) for c in servers]
+        return all(c.tp_size == 1 for c in servers) and (all(known) or self._in_place is True)
 
     def _by_buckets(
         self, buckets: Iterable[FlatBucket | InPlace], to: list[Client], sent: Sent

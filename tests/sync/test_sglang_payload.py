@@ -2,7 +2,7 @@
 
 import torch
 
-from miles.sync._sglang_payload import flat_buckets
+from miles.sync._sglang_payload import flat_buckets, groups
 from tests.sync.test_sglang import weights
 
 
@@ -23,3 +23,26 @@ def test_every_weight_is_aligned_with_gaps_and_without():
                 assert weight.start_idx % (weight.dtype.itemsize if tight else 256) == 0
                 assert not tight or weight.start_idx == end
                 end = weight.end_idx
+
+
+def test_weights_that_sglang_fuses_in_one_call_are_in_one_bucket():
+    def stream():
+        memory = torch.empty(300)
+        for name in ("a.q_a_proj.weight", "a.q_b_proj.weight", "a.kv_a_proj_with_mqa.weight",
+                     "a.o_proj.weight", "b.kv_a_proj_with_mqa.weight"):  # fmt: skip
+            yield name, memory.fill_(len(name))  # over again
+
+    for tight in (False, True):
+        buckets = list(flat_buckets(stream(), bucket_bytes=2048, device="cpu", tight=tight))
+        names = [[weight.name for weight in bucket.metadata] for bucket in buckets]
+        assert names == [
+            ["a.q_b_proj.weight"],
+            ["a.q_a_proj.weight", "a.kv_a_proj_with_mqa.weight"],
+            ["a.o_proj.weight"],
+            ["b.kv_a_proj_with_mqa.weight"],
+        ]
+        for bucket in buckets:
+            for weight in bucket.metadata:
+                data = bucket.flat[weight.start_idx : weight.end_idx].view(weight.dtype)
+                assert data.tolist() == [len(weight.name)] * 300
+    assert [len(group) for group in groups(weights(1).items())] == [1] * 5

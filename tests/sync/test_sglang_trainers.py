@@ -31,6 +31,8 @@ class OfAll(Memory):
         self.opened: list[SharedMemory] = []
 
     def allocate(self, device, nbytes):
+        if dist.get_rank() == 0 and self.fails_at == str(len(self.made) + 1):
+            raise SyncError("rank 0 has no room")
         made = SharedMemory(create=True, size=nbytes)
         self.made.append(made)
         memory = torch.frombuffer(made.buf, dtype=torch.uint8, count=nbytes)
@@ -67,6 +69,7 @@ class Ranks(Server):
 
 def sharded(via, folder, fault):
     memory = OfAll()
+    memory.fails_at = fault.removeprefix("slab ") if fault and fault.startswith("slab") else ""
 
     def rebuild(*arguments):
         return memory.rebuild(*arguments)
@@ -85,7 +88,7 @@ def sharded(via, folder, fault):
             url[0], via=via, bucket_bytes=BUCKET, trainers=dist.group.WORLD,
             verify=[] if via == "disk" else ["model.norm.weight"], **options,
         )  # fmt: skip
-        syncer._memory, syncer._slabs = memory, Slabs(BUCKET, memory)
+        syncer._memory, syncer._slabs = memory, Slabs(BUCKET, memory, syncer._trainers)
         texts = []
         for version in (1, 2):
             with torch.no_grad():
@@ -121,9 +124,24 @@ def test_a_sharded_trainer_pushes_and_each_rank_of_the_server_reads_a_rank_of_it
         assert own_each == (via == "cuda_ipc")
 
 
-@pytest.mark.parametrize("fault", ["update_weights_from_tensor 1", "update_weight_version 2"])
-def test_all_ranks_hear_of_a_failure_and_none_waits(tmp_path, fault):
-    (texts, held), (others, _) = launch(sharded, 2, tmp_path, "cuda_ipc", "", fault)
+@pytest.mark.parametrize(
+    ("via", "fault"),
+    [
+        ("cuda_ipc", "update_weights_from_tensor 1"),
+        ("cuda_ipc", "update_weight_version 2"),
+        ("disk", "update_weights_from_disk 1"),
+        ("value", "update_weights_from_tensor 2"),
+    ],
+)
+def test_all_ranks_hear_of_a_failure_and_none_waits(tmp_path, via, fault):
+    (texts, held), (others, _) = launch(sharded, 2, tmp_path, via, str(tmp_path / "w"), fault)
     assert held[2] == "-1"
     assert texts[0] == others[0] and "no memory is left" in texts[1]
     assert "rank 0 of the trainers failed: SyncError" in others[1]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_all_ranks_hear_of_a_slab_that_rank_0_cannot_make(tmp_path, number):
+    (texts, _), (others, _) = launch(sharded, 2, tmp_path, "cuda_ipc", "", f"slab {number}")
+    assert "rank 0 has no room" in texts[0] and "rank 0 has no room" in others[0]
+    assert "rank 0 of the trainers failed" in others[0]
