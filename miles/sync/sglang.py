@@ -77,11 +77,10 @@ class SGLangSyncer:
             the same `NCCL_CUMEM_ENABLE`, which is 0 in a server's environment that has none.
         timeout: seconds for a call.
         assume_version: treat an unknown version of SGLang as this one.
-        trainers: the ranks that hold the weights, if there are several. All of them push, the same
-            names in the same order, and rank 0 of it talks to the servers. With `"cuda_ipc"` a
-            sharded weight is gathered into a bucket on each rank, and where servers have as many
-            ranks as the trainer, rank by rank in the order of `urls`, each reads the bucket of its
-            own; else all read that of rank 0.
+        trainers: the ranks that hold the weights, if there are several; all push the same names, and
+            rank 0 of it talks to the servers. With `"cuda_ipc"` each rank gathers weights into
+            buckets of its own, and where servers have as many ranks, rank by rank in the order of
+            `urls`, each reads those of its own; else all read those of rank 0.
 
     Example:
         >>> import torch
@@ -251,10 +250,11 @@ class SGLangSyncer:
                 "pause": done - paused,
             }
         except BaseException as error:
+            told = self._trainers.told(error)
             if self._trainers.rank:
                 self._slabs.clear()
-                raise self._trainers.told(error) from error
-            where, told = self._after_failure(to, stopped, touched), self._trainers.told(error)
+                raise told from (None if told is error else error)
+            where = self._after_failure(to, stopped, touched)
             if isinstance(told, SyncError):
                 raise SyncError(f"version {version} was not pushed, {where}. {told}") from error
             error.add_note(f"version {version} was not pushed, {where}")
@@ -483,12 +483,12 @@ class SGLangSyncer:
             by_force = by_force or not self._on_all(Client.weight_version, self._clients)
         except SyncError:
             by_force = True
+        calls = []
         if by_force:
             group.abandon()
-            group.close()
-            return
-        path, body = "/destroy_weights_update_group", {"group_name": group.name}
-        calls = [self._pool.submit(client.post, path, body) for client in self._clients]
+        else:
+            path, body = "/destroy_weights_update_group", {"group_name": group.name}
+            calls = [self._pool.submit(client.post, path, body) for client in self._clients]
         group.close()
         wait(calls, LEAVE_SECONDS)
 
