@@ -77,8 +77,8 @@ class SGLangSyncer:
             the same `NCCL_CUMEM_ENABLE`, which is 0 in a server's environment that has none.
         timeout: seconds for a call.
         assume_version: treat an unknown version of SGLang as this one.
-        trainers: the ranks that hold the weights, if there are several; all push the same names, and
-            rank 0 of it talks to the servers. With `"cuda_ipc"` each rank gathers weights into
+        trainers: the ranks that hold the weights, if there are several; all push the same names,
+            and rank 0 of it talks to the servers. With `"cuda_ipc"` each gathers weights into
             buckets of its own, and where servers have as many ranks, rank by rank in the order of
             `urls`, each reads those of its own; else all read those of rank 0.
 
