@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
@@ -23,6 +23,8 @@ from miles.rollout.sample import Sample, SamplingParams
 __all__ = ["EngineProcess"]
 
 CLOSE_SECONDS = 5.0
+_REAPING = threading.Lock()
+"""Of two threads that ask at the same moment how a child ended, one would be told that it runs."""
 
 
 class EngineProcess:
@@ -62,7 +64,8 @@ class EngineProcess:
     @property
     def alive(self) -> bool:
         """Whether the child runs."""
-        return bool(self._process.is_alive())
+        with _REAPING:
+            return bool(self._process.is_alive())
 
     @property
     def weight_version(self) -> int:
@@ -92,7 +95,7 @@ class EngineProcess:
             ready = Message(-1, "the process ended")
         if ready.op != "ready":
             self._process.kill()
-            self._process.join()
+            _join(self._process)
             ours.close()
             detail = ready.error[1] if ready.error else f"{ready.op} within {self._start_timeout} s"
             raise EngineError(f"the engine did not start: {detail}")
@@ -152,10 +155,10 @@ class EngineProcess:
             message = Message(next(self._ids), "close")
             asking = threading.Thread(target=self._call, args=(message,), daemon=True)
             asking.start()
-            self._process.join(CLOSE_SECONDS)
+            _join(self._process, CLOSE_SECONDS)
             self._process.kill()
             asking.join()
-        self._process.join()
+        _join(self._process)
         self._pipe.close()
 
     def _call(self, message: Message) -> Future[Message]:
@@ -188,7 +191,7 @@ class EngineProcess:
                 future.set_exception(_wire.error_from_wire(answer.error))
             else:
                 future.set_result(answer)
-        process.join()
+        _join(process)
         with self._lock:
             lost, self._waiting = list(self._waiting.values()), {}
         for future in lost:
@@ -202,6 +205,13 @@ class EngineProcess:
             "calls were in flight and got no answer. restart() starts a new one; push the weights "
             "and sample those requests again"
         )
+
+
+def _join(process: Any, timeout: float | None = None) -> None:
+    """Wait for a child's end, in any number of threads."""
+    if wait([process.sentinel], timeout):
+        with _REAPING:
+            process.join()
 
 
 def _serve(pipe: Connection, factory: Callable[..., HFEngine], args: tuple[Any, ...]) -> None:

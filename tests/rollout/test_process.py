@@ -1,6 +1,8 @@
 import asyncio
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -148,6 +150,24 @@ def test_a_child_that_no_longer_reads_is_closed_all_the_same(monkeypatch):
         with pytest.raises(EngineDiedError):
             call.result(60)
     assert not engine.alive
+
+
+def test_a_child_that_has_ended_runs_for_no_thread():
+    context, before = multiprocessing.get_context("fork"), sys.getswitchinterval()
+
+    def ended(child):
+        process._join(child)
+        return child.exitcode
+
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            child = context.Process(target=time.sleep, args=(0.03,))
+            child.start()
+            with ThreadPoolExecutor(6) as pool:
+                assert set(pool.map(ended, [child] * 6)) == {0}
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_killed_child_fails_all_that_wait_and_a_restart_serves_again(engine):
