@@ -1,5 +1,8 @@
 """The embedded engine with a draft on a CUDA device: with graphs and without, as on a CPU."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from miles.moe import RoutingReplay
 from miles.rollout import Sample
 from miles.rollout.speculative import Eagle3Draft, NgramDraft, StandaloneDraft
 from tests.models import VOCAB, generate_all, params, serving, tiny
+from tests.rollout.test_hf_speculative import chi_square
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3], list(range(20))]
 DRAFTS = {
@@ -82,6 +86,22 @@ def test_graphs_give_what_the_launches_one_by_one_give(family, kind):
     assert [s.tokens for s in got] == [s.tokens for s in expected]
     for sample, how in zip(got, wanted, strict=True):
         assert_teacher_forced(model, sample, how.temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_come_as_often_as_the_model_says(dtype):
+    """By graphs, with a draft that proposes from a distribution of its own."""
+    model = on_cuda("llama", vocab_size=5, initializer_range=0.2).to(dtype)
+    torch.manual_seed(1)
+    draft, prompt, count = Eagle3Draft.from_target(model), [3, 1], 4000
+    with serving(model, max_batch=256, draft=draft, draft_steps=2) as engine:
+        wanted = [params(4, seed=seed, temperature=0.8) for seed in range(count)]
+        answers = [s.response_tokens for s in generate_all(engine, [prompt] * count, wanted)]
+        stats = engine.acceptance()
+    statistic, freedom = chi_square(copy.deepcopy(model).cpu(), prompt, answers, 0.8)
+    score = (statistic - freedom) / math.sqrt(2 * freedom)
+    print(f"{dtype}: {score:+.2f} deviations, {stats.summary()}")
+    assert freedom > 50 and 0.05 < stats.accept_rate < 0.99 and score < 4, score
 
 
 @pytest.mark.parametrize("alias", [False, True])
