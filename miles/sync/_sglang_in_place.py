@@ -17,8 +17,7 @@ __all__ = ["WORTH", "split"]
 
 FUSED = ".q_a_proj.", ".kv_a_proj_with_mqa."
 WORTH = 1 << 27
-"""Bytes of weights from which on to open their allocation costs a server less than a copy: about
-0.15 ms (docs/sync.md)."""
+"""Bytes of weights from which on their allocation is opened: a server does so for every push."""
 
 Named = list[tuple[str, Tensor]]
 

@@ -26,8 +26,7 @@ from miles.sync._trainers import Trainers
 __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
 DEPTH = 2
-"""Buckets that may be with the servers at a time. With 1, a push took 87 ms where it takes 52 with
-2 (docs/sync.md)."""
+"""Buckets that may be with the servers at a time. 1 was slower (docs/sync.md)."""
 
 
 class Memory(Protocol):

@@ -73,8 +73,8 @@ class SGLangSyncer:
             classes can do that; Llama's can.
         folder: for `"disk"`: a folder that servers see under the same path.
         master: for `"distributed"`: this host's address as servers reach it, and a free port.
-        backend: for `"distributed"`. With NCCL, servers and this process have to be started with
-            the same `NCCL_CUMEM_ENABLE`, which is 0 in a server's environment that has none.
+        backend: for `"distributed"`. With NCCL start servers with `NCCL_CUMEM_ENABLE=1`: SGLang
+            sets 0 where there is none, which this process then should have too.
         timeout: seconds for a call.
         assume_version: treat an unknown version of SGLang as this one.
         trainers: the ranks that hold the weights, if there are several; all push the same names,

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from miles.errors import SyncError
-from miles.sync import _sglang_group
+from miles.sync import SGLangSyncer, _sglang_group
 from miles.sync._sglang_group import Group
+from miles.sync._sglang_push import Queue, Sent
+from tests.sync.test_sglang import Server, free_port, weights
 
 
 class Standstill:
@@ -69,3 +71,31 @@ def test_an_end_that_other_ranks_do_not_come_to_is_left_to_itself(monkeypatch, g
     group.close()
     assert begun.is_set()
     over.set()
+
+
+def test_servers_are_told_to_leave_with_the_trainer():
+    with Server("0.5.17") as server:
+        master = "127.0.0.1", free_port()
+        syncer = SGLangSyncer(server.url, via="distributed", master=master, backend="gloo")
+        syncer.push(weights(1).items(), version=1)
+        syncer.close()
+        joined, left = (
+            [body["group_name"] for name, body in server.updates if name.startswith(what)]
+            for what in ("init_weights", "destroy_weights")
+        )
+    assert joined == left and len(left) == 1
+
+
+@pytest.mark.parametrize("waiting", [lambda queue: queue.make_room(), lambda queue: queue.end()])
+def test_a_failure_is_told_when_no_bucket_is_read_any_more(waiting):
+    """Other ranks free theirs as soon as they hear of it."""
+    ended, queue = [], Queue(2, Sent())
+
+    def refused():
+        raise SyncError("no memory is left")
+
+    queue.add(refused)
+    queue.add(lambda: ended.append(2))
+    with pytest.raises(SyncError, match="no memory is left"):
+        waiting(queue)
+    assert ended == [2]

@@ -373,6 +373,20 @@ def test_what_is_kept_of_a_choice_never_outlives_what_it_was_made_of(events):
             one.observe(AcceptanceStats(num_verify_steps=batch, num_tokens=batch))
 
 
+def test_a_choice_made_while_a_state_is_loaded_keeps_nothing_of_the_old_one(monkeypatch):
+    """As by an engine's thread."""
+    accepted = AcceptanceStats.count(accepted=[3] * 500, proposed=[3] * 500)
+    refused = AcceptanceStats.count(accepted=[0] * 500, proposed=[3] * 500)
+    good, bad = (DraftController(COST, max_steps=3, exploration=0) for _ in range(2))
+    good.observe(accepted)
+    bad.observe(refused)
+    load = bad._recent.load
+    monkeypatch.setattr(bad._recent, "load", lambda state: (bad.choose(8), load(state)))
+    assert good.choose(8) > 0 and bad.choose(8) == 0
+    bad.load_state_dict(good.state_dict())
+    assert bad.choose(8) == good.choose(8)
+
+
 def test_a_state_of_another_controller_is_refused():
     controller = DraftController(COST, max_steps=3)
     state = DraftController(COST, max_steps=2).state_dict()
