@@ -1,13 +1,15 @@
-"""Weights into a real SGLang server: ours beside SGLang's own flattened-bucket client.
+"""Weights into a real SGLang server: ours beside SGLang's own client and checkpoint-engine.
 
     python benchmarks/weight_sync_sglang.py --server-site ~/site --model qwen3-8b
 
-One server with random weights (`--load-format dummy`) takes the same bf16 tensors, from
+One server with random weights (`--load-format dummy`) takes bf16 tensors of the same shapes, from
 `SGLangSyncer(via="cuda_ipc")` where it may read them in place and in buckets, then in buckets of
-the same sizes from SGLang's `FlattenedTensorBucket` and `MultiprocessingSerializer` in a process
-that has SGLang, one bucket after the other, as trainers use them. Both pause the server, empty its
-cache, and let it go on. The trainer's weights lie in one allocation, as a Megatron trainer's do, or
-each in one of its own, as transformers loads them; for buckets that makes no difference.
+the same sizes from two others, in processes that have SGLang: `FlattenedTensorBucket` and
+`MultiprocessingSerializer`, one bucket after the other, as trainers use them; and the
+`ParameterServer` of checkpoint-engine, which keeps weights in pinned host memory, to which a
+trainer's are copied first (`gather`). All pause the server, empty its cache, and let it go on. The
+trainer's weights have an allocation each, as transformers loads them, or lie in one, where
+`pack_parameters_` moved them; for buckets that makes no difference.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +34,14 @@ import tyro
 from weight_sync import MODELS, Shape, shapes
 
 from miles.rollout import SGLangServer
-from miles.sync import SGLangSyncer
+from miles.sync import SGLangSyncer, pack_parameters_, sglang
 
 FLAGS = [
     "--skip-tokenizer-init", "--attention-backend", "triton", "--sampling-backend", "pytorch",
     "--grammar-backend", "none", "--disable-cuda-graph", "--weight-version", "0",
     "--load-format", "dummy",
 ]  # fmt: skip
+RIVALS = {"SGLang": "rival_sglang_sync.py", "checkpoint-engine": "rival_checkpoint_engine.py"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +52,13 @@ class Config:
     """PYTHONPATH of the server, and of its client."""
     model: str = "qwen3-8b"
     """Whose weights, of `weight_sync.MODELS`."""
-    bucket_mb: tuple[int, ...] = (512,)
+    bucket_mb: tuple[int, ...] = (1024,)
     """Sizes of a bucket, in MiB; in place, the first alone, for what is not read there."""
+    allocation_mb: tuple[int, ...] = ()
+    """Read weights in place of allocations of these sizes as well, whether or not that is worth
+    their opening."""
+    checkpoint_engine: bool = True
+    """Also measure it, with buckets of the first size; the server's site has to hold it."""
     pushes: int = 8
     """Timed, after two others."""
     memory: float = 0.5
@@ -80,45 +90,73 @@ def hf_config(model: Shape) -> transformers.PretrainedConfig:
     )  # fmt: skip
 
 
-def laid_out(model: Shape, layout: str) -> dict[str, torch.Tensor]:
-    """A trainer's weights."""
+@dataclass(frozen=True)
+class Job:
+    """Pushes to a server."""
+
+    url: str
+    model: Shape
+    bucket_mb: int
+    pushes: int
+    first: int
+    """Version."""
+
+
+def laid_out(model: Shape, pool_mb: int | None) -> dict[str, torch.Tensor]:
+    """A trainer's weights: packed (None), or in allocations of at least so many MiB each."""
     sizes = {name: torch.Size(shape) for name, shape in shapes(model)}
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-    if layout == "own allocations":
-        return {name: torch.randn(size, **options) for name, size in sizes.items()}
-    pool = torch.empty(sum(size.numel() for size in sizes.values()), **options).normal_()
-    parts = pool.split([size.numel() for size in sizes.values()])
-    return {n: part.view(size) for (n, size), part in zip(sizes.items(), parts, strict=True)}
+    weights: dict[str, torch.Tensor] = {}
+    group: list[str] = []
+    for name in sizes:
+        group.append(name)
+        count = sum(sizes[one].numel() for one in group)
+        if 2 * count < (pool_mb or 0) << 20 and name != list(sizes)[-1]:
+            continue
+        pool = torch.empty(count, dtype=torch.bfloat16, device="cuda").normal_()
+        parts = pool.split([sizes[one].numel() for one in group])
+        weights |= {one: part.view(sizes[one]) for one, part in zip(group, parts, strict=True)}
+        group = []
+    if pool_mb is not None:
+        return weights
+    parameters = torch.nn.ParameterList(weights.values())
+    pack_parameters_(parameters)
+    return {name: p.detach() for name, p in zip(sizes, parameters, strict=True)}
 
 
 def ours(
-    url: str, model: Shape, bucket_mb: int, pushes: int, first: int, layout: str = ""
+    job: Job, *, pool_mb: int | None = 0, worth: int = sglang.WORTH, **options: Any
 ) -> list[dict[str, float]]:
-    """In place if a layout is given, else in buckets."""
-    weights = laid_out(model, layout or "one allocation")
-    syncer = SGLangSyncer(url, via="cuda_ipc", bucket_bytes=bucket_mb << 20, in_place=bool(layout))
+    """Of weights so laid out, those in place whose allocations hold `worth` bytes."""
+    weights = laid_out(job.model, pool_mb)
+    bytes_each = job.bucket_mb << 20
+    syncer = SGLangSyncer(job.url, via="cuda_ipc", bucket_bytes=bytes_each, **options)
     found = []
-    for version in range(first, first + pushes):
+    was, sglang.WORTH = sglang.WORTH, worth
+    for version in range(job.first, job.first + job.pushes):
         report = syncer.push(weights.items(), version=version)
         found.append(dict(report.phases) | {"seconds": report.seconds})
+    sglang.WORTH = was
     syncer.close()
     del weights
     torch.cuda.empty_cache()
     return found
 
 
-def rival(
-    url: str, model: Shape, bucket_mb: int, pushes: int, first: int, site: str
-) -> list[dict[str, float]]:
+def rival(job: Job, script: str, site: str) -> list[dict[str, float]]:
+    """Seconds that a script beside this one prints, with the server's packages."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.json"
-        job = {"url": url, "shapes": list(shapes(model)), "bucket_bytes": bucket_mb << 20,
-               "pushes": pushes, "first": first}  # fmt: skip
-        file.write_text(json.dumps(job))
-        script = Path(__file__).with_name("rival_sglang_sync.py")
-        path = f"PYTHONPATH={Path(site).expanduser().resolve()}"
-        command = ["env", path, sys.executable, str(script), str(file)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        told = {"url": job.url, "shapes": list(shapes(job.model)), "first": job.first,
+                "bucket_bytes": job.bucket_mb << 20, "pushes": job.pushes}  # fmt: skip
+        file.write_text(json.dumps(told))
+        environment = [
+            f"PYTHONPATH={Path(site).expanduser().resolve()}",
+            "RANK=0", "WORLD_SIZE=1", f"PS_MAX_BUCKET_SIZE_GB={job.bucket_mb / 1024}",
+        ]  # fmt: skip
+        command = [sys.executable, str(Path(__file__).with_name(script)), str(file)]
+        done = subprocess.run(
+            ["env", *environment, *command], stdout=subprocess.PIPE, text=True, check=True
+        )
     found: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -144,6 +182,21 @@ def row(who: str, config: Config, bucket_mb: int, times: list[dict[str, float]])
     }
 
 
+def ways(config: Config) -> Iterator[tuple[str, int, Callable[[Job], list[dict[str, float]]]]]:
+    """Who pushes, in buckets of so many MiB, and how."""
+    first = config.bucket_mb[0]
+    yield "miles, in place of one allocation", first, partial(ours, pool_mb=None)
+    yield "miles, in place of own allocations", first, ours
+    for size in config.allocation_mb:
+        who = f"miles, in place of allocations of {size} MiB" if size else "miles, all of these"
+        yield who, first, partial(ours, pool_mb=size, worth=1)
+    for size in config.bucket_mb:
+        yield "miles", size, partial(ours, in_place=False)
+        for who, script in RIVALS.items():
+            if who == "SGLang" or (config.checkpoint_engine and size == first):
+                yield who, size, partial(rival, script=script, site=config.server_site)
+
+
 def main(config: Config) -> None:
     model = MODELS[config.model]
     with tempfile.TemporaryDirectory() as folder:
@@ -156,16 +209,10 @@ def main(config: Config) -> None:
         ) as server:  # fmt: skip
             print(f"the server is up after {time.perf_counter() - start:.0f} s", flush=True)
             first, count = 1, config.pushes + 2
-            in_place = [
-                (f"miles, in place of {layout}", lambda *a, layout=layout: ours(*a, layout))
-                for layout in ("one allocation", "own allocations")
-            ]
-            buckets = [("miles", ours), ("SGLang", lambda *a: rival(*a, config.server_site))]
-            for number, bucket_mb in enumerate(config.bucket_mb):
-                for who, push in buckets if number else in_place + buckets:
-                    times = push(server.url, model, bucket_mb, count, first)
-                    add(row(who, config, bucket_mb, times), config.out)
-                    first += count
+            for who, size, push in ways(config):
+                times = push(Job(server.url, model, size, count, first))
+                add(row(who, config, size, times), config.out)
+                first += count
 
 
 def add(made: dict[str, Any], out: Path) -> None:

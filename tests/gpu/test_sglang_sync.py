@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import transformers
+from torch.distributed.fsdp import fully_shard
 
 from miles.errors import SyncError
 from miles.losses import token_logprobs
@@ -159,7 +162,10 @@ def test_a_push_that_breaks_off_leaves_the_server_paused_until_the_next(server):
         assert gap(engine, trained, version) < MEAN_GAP
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank: two")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU for each rank: two")
+
+
+@two_gpus
 def test_weights_reach_a_server_on_another_gpu(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,3 +183,30 @@ def test_weights_reach_a_server_on_another_gpu(tmp_path):
             assert report.num_buckets > 3
             assert gap(engine, trained, version) < MEAN_GAP
         print(report.summary())
+
+
+def rank_of_a_sharded_trainer(rank, url, store):
+    torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    with (
+        closing(SGLangSyncer(url, trainers=dist.group.WORLD, bucket_bytes=BUCKET)) as syncer,
+        closing(SGLangEngine(url)) as engine,
+    ):
+        for version in (1, 2):
+            trained = fully_shard(model(version))
+            report = syncer.push(trained.state_dict().items(), version=version)
+            assert report.num_buckets > 3
+            if not rank:
+                assert gap(engine, model(version), version) < MEAN_GAP
+                print(report.summary(), flush=True)
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+@two_gpus
+def test_each_rank_of_a_server_reads_its_rank_of_a_sharded_trainer(tmp_path):
+    flags = "--tp-size", "2", "--disable-custom-all-reduce"
+    with serve(tmp_path, *flags) as both:
+        mp.spawn(rank_of_a_sharded_trainer, (both.url, tmp_path / "store"), nprocs=2)
