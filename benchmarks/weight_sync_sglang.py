@@ -188,7 +188,8 @@ def ways(config: Config) -> Iterator[tuple[str, int, Callable[[Job], list[dict[s
     yield "miles, in place of one allocation", first, partial(ours, pool_mb=None)
     yield "miles, in place of own allocations", first, ours
     for size in config.allocation_mb:
-        who = f"miles, in place of allocations of {size} MiB" if size else "miles, all of these"
+        which = f"allocations of {size} MiB" if size else "own allocations, small ones too"
+        who = f"miles, in place of {which}"
         yield who, first, partial(ours, pool_mb=size, worth=1)
     for size in config.bucket_mb:
         yield "miles", size, partial(ours, in_place=False)
