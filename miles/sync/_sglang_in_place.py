@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from miles.errors import SyncError
 from miles.sync._sglang_payload import Block, InPlace, by_place
-from miles.sync._sglang_slab import Memory
+from miles.sync._sglang_slabs import Memory
 
 __all__ = ["WORTH", "split"]
 

@@ -90,7 +90,7 @@ def flat_buckets(
 ) -> Iterator[FlatBucket]:
     """Copy weights into buckets of fresh memory, each weight whole in one of them.
 
-    For servers that do not read this memory themselves; see `_sglang_slab` for those that do.
+    For servers that do not read this memory themselves; see `_sglang_slabs` for those that do.
 
     Args:
         weights: (name, tensor) pairs, as a checkpoint names them; sharded ones are gathered.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -19,39 +20,49 @@ from miles.sync._buckets import whole
 from miles.sync._sglang_client import Client
 from miles.sync._sglang_payload import FlatBucket, InPlace, flat_buckets
 
-__all__ = ["Sent", "UnderWay", "check_able", "ended", "noted", "write_folder"]
+__all__ = ["Queue", "Sent", "check_able", "ended", "noted", "write_folder"]
 
 ROWS = 4
 """First rows of a weight that are compared with what a server says that it holds."""
 
 
-class UnderWay:
-    """The bucket that servers are loading, if any.
+class Queue:
+    """Buckets that are under way, so many at a time.
 
     Args:
-        sent: where it is noted how long that takes.
+        depth: how many.
+        sent: where it is noted.
     """
 
-    def __init__(self, sent: Sent) -> None:
-        self._sent = sent
-        self._finish: Callable[[], None] | None = None
+    def __init__(self, depth: int, sent: Sent) -> None:
+        self._depth, self._sent = depth, sent
+        self._under_way: deque[Callable[[], None]] = deque()
 
-    def begin(self, finish: Callable[[], None]) -> None:
+    def make_room(self) -> None:
+        """Wait until one more may begin."""
+        self._settle(self._depth - 1)
+
+    def add(self, finish: Callable[[], None]) -> None:
         """One has begun; what ends it."""
-        self._finish = finish
+        self._under_way.append(finish)
 
     def end(self) -> None:
-        """Wait for it."""
-        if (finish := self._finish) is not None:
-            self._finish = None
-            self._sent.wait(finish)
+        """Wait for all."""
+        self._settle(0)
+
+    def _settle(self, under_way: int) -> None:
+        try:
+            while len(self._under_way) > under_way:
+                self._sent.wait(self._under_way.popleft())
+        except BaseException:
+            self.abandon()  # other ranks free their slabs when they hear of it
+            raise
 
     def abandon(self) -> None:
-        """Wait for it, whatever comes of it: servers may read it until then."""
-        if (finish := self._finish) is not None:
-            self._finish = None
+        """Wait for all, whatever comes of them: servers may read them until then."""
+        while self._under_way:
             with contextlib.suppress(SyncError):
-                finish()
+                self._under_way.popleft()()
 
 
 class Sent:

@@ -24,15 +24,14 @@ from miles.sync._sglang_client import MIXED, Client
 from miles.sync._sglang_group import LEAVE_SECONDS, Group
 from miles.sync._sglang_in_place import WORTH, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
-from miles.sync._sglang_push import Sent, UnderWay, check_able, ended, noted, write_folder
-from miles.sync._sglang_slab import CudaMemory, Memory, Slab
+from miles.sync._sglang_push import Queue, Sent, check_able, ended, noted, write_folder
+from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
 from miles.sync._trainers import Trainers
 
 __all__ = ["SGLangSyncer"]
 
 Via = Literal["cuda_ipc", "value", "distributed", "disk"]
 Selector = Literal["target", "draft", "all"]
-Bucket = FlatBucket | InPlace
 FLUSH_SECONDS = 30.0
 """How long aborted requests may take to leave a server."""
 T = TypeVar("T")
@@ -47,9 +46,9 @@ class SGLangSyncer:
     a whole one, puts them right. What fails earlier changes nothing.
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
-    `"cuda_ipc"` makes no buckets of weights that lie in large allocations, such as a Megatron
-    trainer's parameter buffers or what `pack_parameters_` makes: servers read those where they are,
-    in one call.
+    Buckets are filled while servers load those before. `"cuda_ipc"` makes none of weights that lie
+    in large allocations, such as a Megatron trainer's parameter buffers or what `pack_parameters_`
+    makes: servers read those where they are, in one call.
 
     Args:
         urls: addresses of the servers, one for each replica.
@@ -57,8 +56,7 @@ class SGLangSyncer:
             `"value"`: in the request itself, for small models and any network; `"distributed"`:
             NCCL broadcast, for servers on other GPUs; `"disk"`: a folder that servers can read.
         bucket_bytes: most bytes of a bucket, but for a weight that has more. Larger ones are fewer
-            calls, and faster. `"cuda_ipc"` keeps one from push to push, others have two, which take
-            turns: one is filled while servers load the other.
+            calls, and faster. `"cuda_ipc"` keeps three from push to push, others have one.
         in_place: for `"cuda_ipc"`: whether servers read weights where they are. None: where the
             loader of their model only reads, which is known of Llama, Mistral, Qwen 2 and 3,
             DeepSeek 2 and 3 and GLM 4 MoE. True: you know it of another one; those of Gemma and
@@ -98,7 +96,7 @@ class SGLangSyncer:
         urls: str | Sequence[str],
         *,
         via: Via = "cuda_ipc",
-        bucket_bytes: int = 1 << 30,
+        bucket_bytes: int = 1 << 29,
         in_place: bool | None = None,
         api_key: str | None = None,
         admin_key: str | None = None,
@@ -142,9 +140,8 @@ class SGLangSyncer:
         self._group: Group | None = None
         self._in_place, self._trainers = in_place, Trainers(trainers)
         self._memory: Memory = CudaMemory()
-        self._slab = Slab(bucket_bytes, self._memory, self._trainers)
-        workers = 2 * len(urls)  # a call to join may go on for as long as a server does not
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sglang-sync")
+        self._slabs = Slabs(bucket_bytes, self._memory, self._trainers)
+        self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """See `WeightSyncer.push`.
@@ -181,7 +178,7 @@ class SGLangSyncer:
 
     def close(self) -> None:
         """Close connections, leave the process group, and free the buckets."""
-        self._slab.clear()
+        self._slabs.clear()
         self._leave()
         self._pool.shutdown(wait=False)
         for client in self._clients:
@@ -255,7 +252,7 @@ class SGLangSyncer:
         except BaseException as error:
             told = self._trainers.told(error)
             if self._trainers.rank:
-                self._slab.clear()
+                self._slabs.clear()
                 raise told from (None if told is error else error)
             where = self._after_failure(to, stopped, touched)
             if isinstance(told, SyncError):
@@ -265,7 +262,7 @@ class SGLangSyncer:
 
     def _after_failure(self, to: list[Client], stopped: bool, touched: bool) -> str:
         """Tidy up; what servers hold and do now."""
-        self._slab.clear()  # a server that did not answer in time may read them yet
+        self._slabs.clear()  # a server that did not answer in time may read them yet
         if touched:
             with contextlib.suppress(SyncError):  # an open session would refuse the next one
                 self._session("/end_weight_update", to)
@@ -316,12 +313,12 @@ class SGLangSyncer:
                 for _ in () if self._trainers.alone else pairs:
                     pass
             return lambda: self._trainers.agree(lambda: None)
-        buckets: Iterator[Bucket]
+        buckets: Iterator[FlatBucket | InPlace]
         if self._via == "cuda_ipc":
             together, here = at_once(weights), None
             if together and self._may_read(to):
                 here, named = split(named, self._memory, WORTH)
-            buckets = self._slab.buckets(named, together=together)
+            buckets = self._slabs.buckets(named, together=together)
             if here is not None:
                 sent.in_place = here.nbytes
                 # The first bucket is filled while servers still serve.
@@ -346,18 +343,21 @@ class SGLangSyncer:
         known = [c.only_reads and (self._selector == "target" or not c.draft) for c in servers]
         return all(c.tp_size == 1 for c in servers) and (all(known) or self._in_place is True)
 
-    def _by_buckets(self, buckets: Iterable[Bucket], to: list[Client], sent: Sent) -> None:
-        under_way = UnderWay(sent)
+    def _by_buckets(
+        self, buckets: Iterable[FlatBucket | InPlace], to: list[Client], sent: Sent
+    ) -> None:
+        queue = Queue(DEPTH if self._via == "cuda_ipc" else 1, sent)
         try:
             for bucket in buckets:
                 payloads = self._payloads(bucket)
-                self._trainers.agree(partial(self._start, bucket, payloads, to, under_way))
+                # A rank fills its next bucket when rank 0 has given this one to the servers.
+                self._trainers.agree(partial(self._start, bucket, payloads, to, queue))
                 sent.buckets += 1
-            self._trainers.agree(under_way.end)
+            self._trainers.agree(queue.end)
         finally:
-            under_way.abandon()
+            queue.abandon()
 
-    def _payloads(self, bucket: Bucket) -> list[str]:
+    def _payloads(self, bucket: FlatBucket | InPlace) -> list[str]:
         """What servers unpack: each rank's, or that of rank 0."""
         if self._via == "distributed" or (self._via == "value" and self._trainers.rank):
             return []
@@ -368,19 +368,19 @@ class SGLangSyncer:
         return self._trainers.gather(by_handle(bucket))
 
     def _start(
-        self, bucket: Bucket, payloads: list[str], to: list[Client], under_way: UnderWay
+        self, bucket: FlatBucket | InPlace, payloads: list[str], to: list[Client], queue: Queue
     ) -> None:
         if self._trainers.rank:
             return
-        under_way.end()
+        queue.make_room()
         if isinstance(bucket, FlatBucket) and self._via == "distributed":
-            under_way.begin(self._broadcast(bucket, to))
+            queue.add(self._broadcast(bucket, to))
         else:
-            under_way.begin(self._deliver(bucket, payloads, to))
-        if self._via == "cuda_ipc":
-            under_way.end()  # then its memory is written again
+            queue.add(self._deliver(bucket, payloads, to))
 
-    def _deliver(self, bucket: Bucket, payloads: list[str], to: list[Client]) -> Callable[[], None]:
+    def _deliver(
+        self, bucket: FlatBucket | InPlace, payloads: list[str], to: list[Client]
+    ) -> Callable[[], None]:
         """Start to hand over a bucket; what ends it."""
         calls, ranks = [], 0
         own = len(payloads) == sum(client.tp_size for client in self._clients)

@@ -9,6 +9,7 @@ import torch
 from miles.errors import SyncError
 from miles.sync import SGLangSyncer, _sglang_group
 from miles.sync._sglang_group import Group
+from miles.sync._sglang_push import Queue, Sent
 from tests.sync.test_sglang import Server, free_port, weights
 
 
@@ -83,3 +84,18 @@ def test_servers_are_told_to_leave_with_the_trainer():
             for what in ("init_weights", "destroy_weights")
         )
     assert joined == left and len(left) == 1
+
+
+@pytest.mark.parametrize("waiting", [lambda queue: queue.make_room(), lambda queue: queue.end()])
+def test_a_failure_is_told_when_no_bucket_is_read_any_more(waiting):
+    """Other ranks free theirs as soon as they hear of it."""
+    ended, queue = [], Queue(2, Sent())
+
+    def refused():
+        raise SyncError("no memory is left")
+
+    queue.add(refused)
+    queue.add(lambda: ended.append(2))
+    with pytest.raises(SyncError, match="no memory is left"):
+        waiting(queue)
+    assert ended == [2]

@@ -8,7 +8,7 @@ from miles.sync import sglang
 from miles.sync._checksum import BLOCK
 from miles.sync._sglang_in_place import split
 from tests.sync.test_sglang import load, same, weights
-from tests.sync.test_sglang_slab import Memory, Slow, memory, syncer_for
+from tests.sync.test_sglang_slabs import Memory, Slow, memory, syncer_for
 
 __all__ = ["memory"]  # a fixture
 

@@ -13,11 +13,11 @@ from torch.multiprocessing import reductions
 from miles.errors import SyncError
 from miles.sync import SGLangSyncer
 from miles.sync._sglang_payload import Block, Shared
-from miles.sync._sglang_slab import Slab
+from miles.sync._sglang_slabs import Slabs
 from tests.models import tiny
 from tests.sync.processes import launch
 from tests.sync.test_sglang import Server, load, same
-from tests.sync.test_sglang_slab import Memory
+from tests.sync.test_sglang_slabs import Memory
 
 BUCKET = 1 << 14
 
@@ -25,15 +25,13 @@ BUCKET = 1 << 14
 class OfAll(Memory):
     """Slabs that other processes open by name."""
 
-    fails = False
-
     def __init__(self):
         super().__init__()
         self.made: list[SharedMemory] = []
         self.opened: list[SharedMemory] = []
 
     def allocate(self, device, nbytes):
-        if dist.get_rank() == 0 and self.fails:
+        if dist.get_rank() == 0 and self.fails_at == str(len(self.made) + 1):
             raise SyncError("rank 0 has no room")
         made = SharedMemory(create=True, size=nbytes)
         self.made.append(made)
@@ -71,7 +69,7 @@ class Ranks(Server):
 
 def sharded(via, folder, fault):
     memory = OfAll()
-    memory.fails = fault == "slab"
+    memory.fails_at = fault.removeprefix("slab ") if fault and fault.startswith("slab") else ""
 
     def rebuild(*arguments):
         return memory.rebuild(*arguments)
@@ -90,7 +88,7 @@ def sharded(via, folder, fault):
             url[0], via=via, bucket_bytes=BUCKET, trainers=dist.group.WORLD,
             verify=[] if via == "disk" else ["model.norm.weight"], **options,
         )  # fmt: skip
-        syncer._memory, syncer._slab = memory, Slab(BUCKET, memory, syncer._trainers)
+        syncer._memory, syncer._slabs = memory, Slabs(BUCKET, memory, syncer._trainers)
         texts = []
         for version in (1, 2):
             with torch.no_grad():
@@ -142,7 +140,8 @@ def test_all_ranks_hear_of_a_failure_and_none_waits(tmp_path, via, fault):
     assert "rank 0 of the trainers failed: SyncError" in others[1]
 
 
-def test_all_ranks_hear_of_a_slab_that_rank_0_cannot_make(tmp_path):
-    (texts, _), (others, _) = launch(sharded, 2, tmp_path, "cuda_ipc", "", "slab")
+@pytest.mark.parametrize("number", [1, 2])
+def test_all_ranks_hear_of_a_slab_that_rank_0_cannot_make(tmp_path, number):
+    (texts, _), (others, _) = launch(sharded, 2, tmp_path, "cuda_ipc", "", f"slab {number}")
     assert "rank 0 has no room" in texts[0] and "rank 0 has no room" in others[0]
     assert "rank 0 of the trainers failed" in others[0]

@@ -1,10 +1,10 @@
 """GPU memory that SGLang servers read buckets from, and the buckets in it.
 
-One slab, filled again and again while servers wait: a GPU gives two processes turns, so that copies
-into a second slab meanwhile would make both slower. It comes from the driver, not from torch's
-allocator, and is exported once: nothing of torch's reference counts is involved (each export of a
-torch storage wraps it in a further counter and event, which would add up on memory that stays), and
-`expandable_segments` and memory savers do no harm.
+Three slabs take turns, over buckets and pushes: while servers load two buckets, the next is filled.
+They come from the driver, not from torch's allocator, and are exported once: nothing of torch's
+reference counts is involved (each export of a torch storage wraps it in a further counter and
+event, which would add up on memory that stays), and `expandable_segments` and memory savers do no
+harm.
 """
 
 from __future__ import annotations
@@ -23,11 +23,19 @@ from miles.sync._copies import Pieces
 from miles.sync._sglang_payload import Block, FlatBucket, Shared, described, extent, groups
 from miles.sync._trainers import Trainers
 
-__all__ = ["CudaMemory", "Memory", "Slab"]
+__all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
+
+DEPTH = 2
+"""Buckets that may be with the servers at a time. 1 was slower (docs/sync.md)."""
+
+
+PAGE = 1 << 21
+"""A GPU's large page, in bytes. To open and close 1.2 GB of no whole number of them takes a server
+7 ms, else 0.2 (`tests/gpu/test_cuda_ipc.py`)."""
 
 
 class Memory(Protocol):
-    """Where a slab lies."""
+    """Where slabs lie."""
 
     def check(self, name: str, tensor: Tensor) -> None:
         """Raise for a tensor that cannot be copied there."""
@@ -59,7 +67,7 @@ class CudaMemory:
 
     def allocate(self, device: torch.device, nbytes: int) -> Shared:
         """See `Memory.allocate`."""
-        memory = _cuda_driver.allocate(device.index, nbytes)
+        memory = _cuda_driver.allocate(device.index, -(-nbytes // PAGE) * PAGE)
         return Shared(memory, self._block(device, memory.data_ptr(), memory.numel()))
 
     def allocation(self, tensor: Tensor) -> tuple[int, int]:
@@ -78,13 +86,13 @@ class CudaMemory:
         return Block(address, nbytes, _cuda_driver.export(device.index, address), uuid)
 
 
-class Slab:
+class Slabs:
     """Fills buckets, each weight whole in one of them, at a multiple of 4096 bytes.
 
     Args:
-        bucket_bytes: most bytes of a bucket, save where one weight has more: the slab grows.
-        memory: where it lies.
-        trainers: ranks that fill one each at the same time.
+        bucket_bytes: most bytes of a bucket, save where one weight has more: its slab grows.
+        memory: where they lie.
+        trainers: ranks that fill slabs at the same time.
     """
 
     def __init__(
@@ -93,16 +101,19 @@ class Slab:
         self._bucket_bytes = bucket_bytes
         self._memory = memory or CudaMemory()
         self._trainers = trainers or Trainers(None)
-        self._shared: Shared | None = None
+        self._slabs: list[Shared | None] = [None] * (DEPTH + 1)
+        self._turn = 0
 
     def clear(self) -> None:
         """Let go of the memory."""
-        self._shared = None
+        self._slabs = [None] * len(self._slabs)
 
     def buckets(
         self, weights: Iterable[tuple[str, Tensor]], *, together: bool
     ) -> Iterator[FlatBucket]:
-        """Copy weights into the slab, which the next bucket overwrites.
+        """Copy weights into one slab after the other.
+
+        A bucket is overwritten when `DEPTH` + 1 further ones are asked for.
 
         Args:
             weights: (name, tensor) pairs; sharded ones are gathered.
@@ -120,7 +131,7 @@ class Slab:
                 yield filling.finished()
                 filling = None
             if filling is None:
-                filling = _Filling(self._room(group[0][1].device, room))
+                filling = _Filling(self._next(group[0][1].device, room))
             for name, tensor in group:
                 filling.add(name, tensor)
             if not together:
@@ -128,20 +139,23 @@ class Slab:
         if filling is not None:
             yield filling.finished()
 
-    def _room(self, device: torch.device, nbytes: int) -> Shared:
-        """The slab, with so much room."""
+    def _next(self, device: torch.device, nbytes: int) -> Shared:
+        """The slab whose turn it is, with so much room."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._slabs)
         size = -(-max(self._bucket_bytes, nbytes) // BLOCK) * BLOCK
-        shared = self._shared
-        if shared is None or shared.memory.device != device or shared.memory.numel() < size:
-            self._shared = shared = None  # freed before there is another
+        slab = self._slabs[turn]
+        if slab is None or slab.memory.device != device or slab.memory.numel() < size:
+            self._slabs[turn] = None  # freed before there is another
+            del slab
 
             def make() -> None:
-                self._shared = self._memory.allocate(device, size)
+                self._slabs[turn] = self._memory.allocate(device, size)
 
             self._trainers.agree(make)  # before the others wait for this rank's next shard
-            shared = self._shared
-            assert shared is not None
-        return shared
+            slab = self._slabs[turn]
+            assert slab is not None
+        return slab
 
 
 class _Filling:
