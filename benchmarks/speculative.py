@@ -144,7 +144,7 @@ class Config:
     server_seconds: float = 400.0
     """How long a server may take to start."""
     out: Path = Path("benchmarks/results/speculative.csv")
-    """The CSV; rows are appended."""
+    """The CSV, to which rows are added as they come."""
     commit: str = ""
     """What was measured; asked of git where that is left out."""
 
@@ -169,10 +169,11 @@ class Config:
 
 def load(config: Config) -> tuple[Any, Any]:
     """The policy as the engine runs it, and its tokenizer or None."""
-    if config.waves < 1 or not 0 < config.shortest <= 1:
+    if config.waves < 1 or not 0 < config.shortest <= 1 or config.repeats < 2:
         raise SystemExit(
-            f"--waves is {config.waves} and --shortest {config.shortest}; expected 1 or more "
-            "waves, and a share above 0 and up to 1"
+            f"--waves is {config.waves}, --shortest {config.shortest} and --repeats "
+            f"{config.repeats}; expected 1 or more waves, a share above 0 and up to 1, and 2 or "
+            "more repeats"
         )
     for name, folder in {"policy": config.policy, "draft": config.draft}.items():
         if folder is not None and not folder.is_dir():
@@ -270,7 +271,9 @@ def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[in
     return cost
 
 
-def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
+def embedded(
+    config: Config, model: Any, draft: Any, prompts: Any
+) -> Iterator[list[dict[str, Any]]]:
     cost = calibrated(config, model, draft, prompts)
     server.say(f"fitted: {cost}")
     most = max(config.draft_tokens)
@@ -280,11 +283,11 @@ def embedded(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[
         options[of_tokens(number)] = {"draft": draft, "draft_steps": number}
     options["off"] = {"draft": draft, "draft_steps": most, "controller": InTurn([0])}
     options["controller"] = {"draft": draft, "draft_steps": most, "controller": controller}
-    rows = measured(config, lambda batch: engines(config, model, options, batch), prompts)
+    for rows in measured(config, lambda batch: engines(config, model, options, batch), prompts):
+        yield [{"engine": "HFEngine"} | row for row in rows]
     for batch in config.batches:
         speedups = " ".join(f"{speedup:.2f}" for speedup in controller.speedups(batch))
         server.say(f"predicted at batch {batch} for 0 to {most} draft tokens: {speedups}")
-    return [{"engine": "HFEngine"} | row for row in rows]
 
 
 def of_tokens(number: int) -> str:
@@ -326,7 +329,7 @@ def answers(engine: Any, at_once: int, asked: Sequence[Asked]) -> list[Sample]:
     return [future.result() for future in futures]
 
 
-def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[str, Any]]:
+def servers(config: Config, model: Any, draft: Any, prompts: Any) -> Iterator[list[dict[str, Any]]]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model.to("cpu", torch.bfloat16).save_pretrained(folder / "policy")
@@ -354,8 +357,8 @@ def servers(config: Config, model: Any, draft: Any, prompts: Any) -> list[dict[s
             pairs = clients.items()
             return contextlib.nullcontext({n: partial(answers, one, batch) for n, one in pairs})
 
-        rows = measured(config, asks_at, prompts, seeded=False)
-    return [{"engine": server.sglang_version(config)} | row for row in rows]
+        for rows in measured(config, asks_at, prompts, seeded=False):
+            yield [{"engine": server.sglang_version(config)} | row for row in rows]
 
 
 @contextlib.contextmanager
@@ -389,9 +392,8 @@ def measured(
     prompts: Iterator[list[int]],
     *,
     seeded: bool = True,
-) -> list[dict[str, Any]]:
-    """A row for each batch and variant."""
-    rows = []
+) -> Iterator[list[dict[str, Any]]]:
+    """For each batch a row for each variant."""
     for batch in config.batches:
         with asks_at(batch) as asks:
             speeds: dict[str, list[float]] = {name: [] for name in asks}
@@ -408,8 +410,7 @@ def measured(
                     if turn >= config.warm_up:
                         speeds[name].append(sum(len(s.response_tokens) for s in samples) / seconds)
                         counts[name] = sum(map(counts_of, samples), counts[name])
-        rows += summaries(config, batch, speeds, counts)
-    return rows
+        yield summaries(config, batch, speeds, counts)
 
 
 def turn_of(
@@ -490,7 +491,8 @@ def main(config: Config) -> None:
     parts = [embedded] if config.embedded else []
     parts += [servers] if config.server_site else []
     for part in parts:
-        append(config.out, [common | row for row in part(config, model, draft, prompts)])
+        for rows in part(config, model, draft, prompts):
+            append(config.out, [common | row for row in rows])
         release()
         server.say(f"{part.__name__}: {time.perf_counter() - start:.0f} s so far")
 

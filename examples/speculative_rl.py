@@ -223,7 +223,7 @@ class Speculation:
         num_steps = total.num_verify_steps - before.num_verify_steps
         online = (sum(total.accepted) - sum(before.accepted)) / num_steps + 1
         earlier = self._engines[1].acceptance()
-        answers = self._answers(self._engines[1], self._config.num_compared)
+        answers = self._answers(self._engines[1], self._problems(self._config.num_compared))
         later = self._engines[1].acceptance()
         num_steps = later.num_verify_steps - earlier.num_verify_steps
         frozen = (sum(later.accepted) - sum(earlier.accepted)) / num_steps + 1
@@ -235,17 +235,17 @@ class Speculation:
         }
 
     def compare(self, num_prompts: int) -> str:
-        """Rewards with the draft and without, for the last policy."""
-        means, errors = [], []
+        """Rewards of the last policy with the draft and without, on the same prompts."""
+        problems, rewards = self._problems(num_prompts), []
         for options in ({"draft": self._drafts[0], "draft_steps": self._config.draft_steps}, {}):
             engine = HFEngine(self._engines[0].model, max_batch=self._config.max_batch, **options)
-            rewards = self._rewards(self._answers(engine, num_prompts))
-            means.append(rewards.mean().item())
-            errors.append(rewards.std().item() / math.sqrt(num_prompts))
+            rewards.append(self._rewards(self._answers(engine, problems)))
             engine.close()
-        z = (means[0] - means[1]) / (math.hypot(*errors) or 1.0)
+        with_draft_N, without_N = rewards
+        more_N = with_draft_N - without_N
+        z = more_N.mean() / (more_N.std() / math.sqrt(num_prompts)).clamp_min(1e-9)
         return (
-            f"reward with the draft {means[0]:.3f}, without {means[1]:.3f}: "
+            f"reward with the draft {with_draft_N.mean():.3f}, without {without_N.mean():.3f}: "
             f"{z:+.1f} standard errors apart"
         )
 
@@ -278,14 +278,18 @@ class Speculation:
     def _warm_up(self, engine: HFEngine) -> None:
         train_draft(
             self.trainer, self._model,
-            lambda number: [sample for sample, _ in self._answers(engine, number)],
+            lambda n: [sample for sample, _ in self._answers(engine, self._problems(n))],
             updates=self._config.draft_warmup_updates,
             micro_batch_size=self._config.micro_batch_size, device=self._config.device,
         )  # fmt: skip
         engine.close()
 
-    def _answers(self, engine: HFEngine, number: int) -> list[tuple[Sample, Problem]]:
-        problems = self._task.training(number, -(10**6) - next(self._seeds))
+    def _problems(self, number: int) -> list[Problem]:
+        return self._task.training(number, -(10**6) - next(self._seeds))
+
+    def _answers(
+        self, engine: HFEngine, problems: Sequence[Problem]
+    ) -> list[tuple[Sample, Problem]]:
         params = SamplingParams(
             max_new_tokens=self._config.max_new_tokens, temperature=self._config.temperature
         )

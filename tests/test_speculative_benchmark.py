@@ -221,13 +221,29 @@ def test_engines_of_a_batch_are_gone_before_those_of_the_next(
             made.append((max_batch, weakref.ref(self)))
 
     monkeypatch.setattr(benchmark, "HFEngine", Noted)
-    settings = config(benchmark, policy, tmp_path, batches=(1, 2))
+    settings = config(benchmark, policy, tmp_path, batches=(1, 2), waves=1)
     model, tokenizer = benchmark.load(settings)
     prompts = benchmark.prompts_from(settings, model, tokenizer)
-    benchmark.embedded(settings, model, benchmark.Eagle3Draft.from_target(model), prompts)
+    list(benchmark.embedded(settings, model, benchmark.Eagle3Draft.from_target(model), prompts))
     gc.collect()
     assert [size for size, _ in made] == [2, *[1] * 5, *[2] * 5]
     assert all(one() is None for _, one in made)
+
+
+def test_a_run_that_is_cut_off_leaves_the_rows_that_it_had(
+    monkeypatch, benchmark, policy, tmp_path
+):
+    summaries = benchmark.summaries
+
+    def ending(settings, batch, *rest):
+        if batch == 3:
+            raise KeyboardInterrupt
+        return summaries(settings, batch, *rest)
+
+    monkeypatch.setattr(benchmark, "summaries", ending)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(config(benchmark, policy, tmp_path, train_updates=1, waves=1))
+    assert {row["batch"] for row in rows(tmp_path / "rows.csv")} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +252,7 @@ def test_engines_of_a_batch_are_gone_before_those_of_the_next(
         ({"policy": Path("nowhere")}, "--policy is nowhere, where there is no folder"),
         ({"draft": Path("nowhere")}, "--draft is nowhere.*export_draft"),
         ({"waves": 0}, "--waves is 0"),
+        ({"repeats": 1}, "--repeats 1; expected .* 2 or more repeats"),
         ({"shortest": 0.0}, "--shortest 0.0"),
         ({"shortest": 1.5}, "--shortest 1.5"),
     ],

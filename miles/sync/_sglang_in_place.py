@@ -13,17 +13,18 @@ from miles.errors import SyncError
 from miles.sync._sglang_payload import Block, InPlace, by_place
 from miles.sync._sglang_slabs import Memory
 
-__all__ = ["WORTH", "split"]
+__all__ = ["PER_CALL", "split"]
 
 FUSED = ".q_a_proj.", ".kv_a_proj_with_mqa."
-WORTH = 1 << 27
-"""Bytes of weights from which on their allocation is opened: a server does so for every push."""
+PER_CALL = 16
+"""Allocations that a server opens and closes in the time that a bucket's call takes (docs/sync.md):
+one is worth that if its weights would fill as large a part of a bucket."""
 
 Named = list[tuple[str, Tensor]]
 
 
 def split(
-    weights: Iterable[tuple[str, Tensor]], memory: Memory, worth: int
+    weights: Iterable[tuple[str, Tensor]], memory: Memory, worth: float
 ) -> tuple[InPlace | None, Named]:
     """Weights that are read in place, if any, when what was queued is done, and the others.
 

@@ -22,7 +22,7 @@ from miles.sync._buckets import whole
 from miles.sync._plan import at_once, check_version
 from miles.sync._sglang_client import MIXED, Client
 from miles.sync._sglang_group import LEAVE_SECONDS, Group
-from miles.sync._sglang_in_place import WORTH, split
+from miles.sync._sglang_in_place import PER_CALL, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
 from miles.sync._sglang_push import Queue, Sent, check_able, ended, noted, write_folder
 from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
@@ -47,8 +47,8 @@ class SGLangSyncer:
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
     Buckets are filled while servers load those before. `"cuda_ipc"` makes none of weights that lie
-    in large allocations, such as a Megatron trainer's parameter buffers or what `pack_parameters_`
-    makes: servers read those where they are, in one call.
+    in allocations of a sixteenth of a bucket or more, such as a Megatron trainer's parameter
+    buffers or what `pack_parameters_` makes: servers read those where they are, in one call.
 
     Args:
         urls: addresses of the servers, one for each replica.
@@ -317,7 +317,7 @@ class SGLangSyncer:
         if self._via == "cuda_ipc":
             together, here = at_once(weights), None
             if together and self._may_read(to):
-                here, named = split(named, self._memory, WORTH)
+                here, named = split(named, self._memory, self._bucket_bytes / PER_CALL)
             buckets = self._slabs.buckets(named, together=together)
             if here is not None:
                 sent.in_place = here.nbytes

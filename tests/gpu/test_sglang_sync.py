@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from miles.errors import SyncError
 from miles.losses import token_logprobs
 from miles.rollout import SamplingParams, SGLangEngine, SGLangServer, collate
-from miles.sync import SGLangSyncer, sglang
+from miles.sync import SGLangSyncer, pack_parameters_
 
 SITE = os.environ.get("MILES_SGLANG_SITE", "")
 PYTHON = os.environ.get("MILES_SGLANG_PYTHON", sys.executable)
@@ -97,7 +97,7 @@ VERSIONS = iter(range(1, 1000))
 
 @pytest.mark.parametrize("via", ["cuda_ipc", "value", "disk"])
 def test_the_servers_logprobs_become_the_trainers(server, tmp_path, via):
-    options = {"folder": tmp_path} if via == "disk" else {}
+    options = {"folder": tmp_path} if via == "disk" else {"in_place": False}
     with (
         closing(SGLangSyncer(server.url, via=via, bucket_bytes=BUCKET, **options)) as syncer,
         closing(SGLangEngine(server.url)) as engine,
@@ -112,32 +112,27 @@ def test_the_servers_logprobs_become_the_trainers(server, tmp_path, via):
     assert gap(SGLangEngine(server.url), model(0), version) > 1
 
 
-def test_weights_are_read_where_they_are(server, monkeypatch):
-    monkeypatch.setattr(sglang, "WORTH", 1)
+def test_weights_are_read_where_they_are(server):
     with (
-        closing(SGLangSyncer(server.url)) as syncer,
+        closing(SGLangSyncer(server.url, bucket_bytes=1)) as syncer,  # all are worth it
         closing(SGLangEngine(server.url)) as engine,
     ):
         for how in ("of their own", "in one allocation"):
             version = next(VERSIONS)
             trained = model(version)
             if how == "in one allocation":
-                pool = torch.cat([p.detach().flatten() for p in trained.parameters()])
-                parts = pool.split([p.numel() for p in trained.parameters()])
-                for parameter, part in zip(trained.parameters(), parts, strict=True):
-                    parameter.data = part.view_as(parameter)
+                pack_parameters_(trained)
             report = syncer.push(trained.state_dict().items(), version=version)
             assert report.num_buckets == 1 and report.copied_bytes == report.num_bytes
             assert gap(engine, trained, version) < MEAN_GAP
             print(how, report.summary())
 
 
-@pytest.mark.parametrize("worth", [1, sglang.WORTH])
-def test_many_pushes_leak_nothing_on_either_side(server, monkeypatch, worth):
+@pytest.mark.parametrize(("bucket", "in_place"), [(1, None), (BUCKET, False)])
+def test_many_pushes_leak_nothing_on_either_side(server, bucket, in_place):
     trained = model(1)
     used = []
-    monkeypatch.setattr(sglang, "WORTH", worth)
-    with closing(SGLangSyncer(server.url, bucket_bytes=BUCKET)) as syncer:
+    with closing(SGLangSyncer(server.url, bucket_bytes=bucket, in_place=in_place)) as syncer:
         for turn in range(60):
             syncer.push(trained.state_dict().items(), version=next(VERSIONS))
             if turn in (19, 59):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from miles.errors import SyncError
-from miles.sync import sglang
 from miles.sync._checksum import BLOCK
 from miles.sync._sglang_in_place import split
 from tests.sync.test_sglang import load, same, weights
@@ -28,8 +27,7 @@ def pooled(given):
     return found
 
 
-def test_one_call_reads_all_that_lies_in_large_allocations(memory, monkeypatch):
-    monkeypatch.setattr(sglang, "WORTH", 1)
+def test_one_call_reads_all_that_lies_in_large_allocations(memory):
     with Slow("0.5.17") as server:
         server.architectures = ["Qwen3ForCausalLM"]
         syncer = syncer_for(memory, server)
@@ -46,7 +44,6 @@ def test_one_call_reads_all_that_lies_in_large_allocations(memory, monkeypatch):
     "how", ["generator", "in_place=False", "small", "no handle", "another model", "two ranks"]
 )
 def test_buckets_are_made_of_what_cannot_be_read_in_place(memory, monkeypatch, how):
-    monkeypatch.setattr(sglang, "WORTH", 1 << 20 if how == "small" else 1)
     if how == "no handle":
         monkeypatch.setattr(Memory, "block", lambda *arguments: None)
     with Slow("0.5.17") as server:
@@ -54,13 +51,17 @@ def test_buckets_are_made_of_what_cannot_be_read_in_place(memory, monkeypatch, h
             "GemmaForCausalLM" if how == "another model" else "LlamaForCausalLM"
         ]
         server.info = {"tp_size": 2 if how == "two ranks" else 1}
-        syncer = syncer_for(memory, server, in_place=False if how == "in_place=False" else None)
+        syncer = syncer_for(
+            memory, server, bucket_bytes=1 << 20 if how == "small" else BLOCK,
+            in_place=False if how == "in_place=False" else None,
+        )  # fmt: skip
         given = pooled(weights(1))
         report = syncer.push(
             iter(given.items()) if how == "generator" else given.items(), version=1
         )
         assert same(server.loaded, given)
-        assert report.num_buckets == 5 and report.copied_bytes == 2 * report.num_bytes
+        assert report.num_buckets == (1 if how == "small" else 5)
+        assert report.copied_bytes == 2 * report.num_bytes
         syncer.close()
 
 
@@ -101,8 +102,7 @@ def test_names_that_come_twice_are_refused(memory):
         split(twice, memory, 1)
 
 
-def test_a_refusal_names_the_weights(memory, monkeypatch):
-    monkeypatch.setattr(sglang, "WORTH", 1)
+def test_a_refusal_names_the_weights(memory):
     with Slow("0.5.17") as server:
         syncer = syncer_for(memory, server, bucket_bytes=BLOCK, in_place=True)
         server.fail_at = "update_weights_from_tensor 1"
@@ -116,8 +116,6 @@ def test_a_refusal_names_the_weights(memory, monkeypatch):
 
 
 def test_a_bucket_that_cannot_be_filled_leaves_servers_as_they_were(memory, monkeypatch):
-    monkeypatch.setattr(sglang, "WORTH", 1000)
-
     def none_left(self, device, nbytes):
         raise SyncError("no memory is left here")
 
