@@ -30,8 +30,8 @@ DEPTH = 2
 
 
 PAGE = 1 << 21
-"""A GPU's large page, in bytes. To open and close 1.2 GB of no whole number of them takes a server
-7 ms, else 0.2 (`tests/gpu/test_cuda_ipc.py`)."""
+"""A GPU's large page, in bytes. An allocation of no whole number of them has small ones, and takes
+a server some milliseconds to open and close, instead of tenths."""
 
 
 class Memory(Protocol):
