@@ -17,16 +17,19 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -34,7 +37,7 @@ import tyro
 from weight_sync import MODELS, Shape, shapes
 
 from miles.rollout import SGLangServer
-from miles.sync import SGLangSyncer, pack_parameters_, sglang
+from miles.sync import SGLangSyncer, _sglang_slabs, pack_parameters_, sglang
 
 FLAGS = [
     "--skip-tokenizer-init", "--attention-backend", "triton", "--sampling-backend", "pytorch",
@@ -57,6 +60,8 @@ class Config:
     allocation_mb: tuple[int, ...] = ()
     """Read weights in place of allocations of these sizes as well, whether or not that is worth
     their opening."""
+    calls: tuple[int, ...] = ()
+    """Push through buckets with so many calls under way at a time as well."""
     checkpoint_engine: bool = True
     """Also measure it, with buckets of the first size; the server's site has to hold it."""
     pushes: int = 8
@@ -124,19 +129,25 @@ def laid_out(model: Shape, pool_mb: int | None) -> dict[str, torch.Tensor]:
 
 
 def ours(
-    job: Job, *, pool_mb: int | None = 0, worth: int = sglang.WORTH, **options: Any
+    job: Job,
+    *,
+    pool_mb: int | None = 0,
+    per_call: float = sglang.PER_CALL,
+    depth: int = sglang.DEPTH,
+    in_place: bool | None = None,
 ) -> list[dict[str, float]]:
-    """Of weights so laid out, those in place whose allocations hold `worth` bytes."""
+    """Of weights so laid out, and with such settings of what `miles` has as constants."""
     weights = laid_out(job.model, pool_mb)
-    bytes_each = job.bucket_mb << 20
-    syncer = SGLangSyncer(job.url, via="cuda_ipc", bucket_bytes=bytes_each, **options)
     found = []
-    was, sglang.WORTH = sglang.WORTH, worth
-    for version in range(job.first, job.first + job.pushes):
-        report = syncer.push(weights.items(), version=version)
-        found.append(dict(report.phases) | {"seconds": report.seconds})
-    sglang.WORTH = was
-    syncer.close()
+    with (
+        mock.patch.object(sglang, "PER_CALL", per_call),
+        mock.patch.object(sglang, "DEPTH", depth),
+        mock.patch.object(_sglang_slabs, "DEPTH", depth),
+        closing(SGLangSyncer(job.url, bucket_bytes=job.bucket_mb << 20, in_place=in_place)) as it,
+    ):
+        for version in range(job.first, job.first + job.pushes):
+            report = it.push(weights.items(), version=version)
+            found.append(dict(report.phases) | {"seconds": report.seconds})
     del weights
     torch.cuda.empty_cache()
     return found
@@ -190,9 +201,12 @@ def ways(config: Config) -> Iterator[tuple[str, int, Callable[[Job], list[dict[s
     for size in config.allocation_mb:
         which = f"allocations of {size} MiB" if size else "own allocations, small ones too"
         who = f"miles, in place of {which}"
-        yield who, first, partial(ours, pool_mb=size, worth=1)
+        yield who, first, partial(ours, pool_mb=size, per_call=math.inf)
     for size in config.bucket_mb:
         yield "miles", size, partial(ours, in_place=False)
+        for depth in config.calls:
+            who = f"miles, {depth} calls at a time"
+            yield who, size, partial(ours, in_place=False, depth=depth)
         for who, script in RIVALS.items():
             if who == "SGLang" or (config.checkpoint_engine and size == first):
                 yield who, size, partial(rival, script=script, site=config.server_site)

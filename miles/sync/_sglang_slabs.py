@@ -27,11 +27,9 @@ __all__ = ["DEPTH", "CudaMemory", "Memory", "Slabs"]
 
 DEPTH = 2
 """Buckets that may be with the servers at a time. 1 was slower (docs/sync.md)."""
-
-
 PAGE = 1 << 21
-"""A GPU's large page, in bytes. An allocation of no whole number of them has small ones, and takes
-a server some milliseconds to open and close, instead of tenths."""
+"""A GPU's large page, in bytes. An allocation of no whole number of them has small ones, which
+takes a server longer to open and close (`pytest -s tests/gpu/test_sglang_slabs.py`)."""
 
 
 class Memory(Protocol):
