@@ -101,20 +101,25 @@ def generate_all(
 
 
 class Passes:
-    """Counts a model's forward passes; `reached` is set at pass `at`, the later ones are slow."""
+    """Counts a model's forward passes; `reached` is set at pass `at`, the later ones are slow
+    until `go_on`."""
 
     def __init__(self, model: nn.Module, at: int = 5) -> None:
-        self.at, self.count, self.reached = at, 0, threading.Event()
+        self.at, self.count, self.reached, self.slow = at, 0, threading.Event(), True
         model.register_forward_pre_hook(self._step)
 
     def _step(self, *_: Any) -> None:
         self.count += 1
         if self.count >= self.at:
             self.reached.set()
-            time.sleep(0.01)
+            if self.slow:
+                time.sleep(0.01)
 
     def wait(self) -> None:
         assert self.reached.wait(60)
+
+    def go_on(self) -> None:
+        self.slow = False
 
 
 def make_engine(name: str = "qwen3_moe", slow: float = 0.0) -> HFEngine:

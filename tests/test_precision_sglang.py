@@ -25,12 +25,12 @@ def sglang(monkeypatch):
     return module
 
 
-def served_by(monkeypatch, sglang, *flags):
-    """Have the stand-in started, with flags of its own."""
+def served_by(monkeypatch, sglang, *flags, module="sglang_fake"):
+    """Have a stand-in started, with flags of its own."""
 
     def made(folder, *, args, **settings):
         return SGLangServer(
-            folder, args=[*args, *flags], module="tests.rollout.sglang_fake",
+            folder, args=[*args, *flags], module=f"tests.rollout.{module}",
             **settings | {"cwd": BENCHMARKS.parent},
         )  # fmt: skip
 
@@ -55,10 +55,10 @@ def test_answers_become_samples(monkeypatch, sglang, tmp_path, recipe):
 def test_a_server_that_takes_long_is_told_of_and_its_log_is_shown(
     monkeypatch, sglang, tmp_path, capsys
 ):
-    served_by(monkeypatch, sglang, "--start-seconds=60")
+    served_by(monkeypatch, sglang, module="sglang_asleep")
     monkeypatch.setattr(sglang, "compilers", lambda group: ["cicc"])
-    late = pytest.raises(EngineError, match="within 5 s")
-    with late, sglang.serving(config(sglang, server_seconds=5.0), str(tmp_path)):
+    late = pytest.raises(EngineError, match="within 2 s")
+    with late, sglang.serving(config(sglang, server_seconds=2.0), str(tmp_path)):
         pass
     said = capsys.readouterr().out
     assert f"waiting for the server; it runs cicc; its log ends: serving {tmp_path}" in said

@@ -17,6 +17,7 @@ PRELOAD = [
     "torch.distributed.fsdp",
     "miles.losses",
     "miles.sync",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "tests.models",
     "tests.presets",
 ]

@@ -1,17 +1,14 @@
 """The demo as a user runs it, a few steps long: stopped, resumed, killed, switched."""
 
 import json
-import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from miles.errors import CheckpointError
 
@@ -22,29 +19,6 @@ SMALL = {
     "num-held-out": 16, "eval-every": 2, "checkpoint-every": 2,
 }  # fmt: skip
 SETTINGS = [f"--{key}={value}" for key, value in SMALL.items()]
-
-
-class Loop:
-    """One run of the script in a process of its own."""
-
-    def __init__(self, out: Path, *flags: str) -> None:
-        command = [sys.executable, str(LOOP), f"--out={out}", *SETTINGS, *flags]
-        self.out = out
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
-        while len(rows(self.out)) <= step:
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def finish(self) -> str:
-        text, _ = self.process.communicate(timeout=200)
-        assert self.process.returncode == 0, text
-        return " ".join(text.split())
 
 
 def rows(out: Path) -> list[dict[str, float]]:
@@ -60,8 +34,20 @@ def numbers(out: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    loop = Loop(tmp_path_factory.mktemp("loop") / "reference")
-    return loop.out, loop.finish()
+    """One run of the script in a process of its own."""
+    out = tmp_path_factory.mktemp("loop") / "reference"
+    ran = subprocess.run(
+        [sys.executable, str(LOOP), f"--out={out}", *SETTINGS],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    return out, " ".join(ran.stdout.split())
+
+
+@pytest.fixture
+def loop(script):
+    """The script in this process."""
+    return partial(script, "grpo_loop")
 
 
 def test_run_says_and_leaves_what_the_readme_promises(reference):
@@ -84,59 +70,49 @@ def test_engine_disagrees_with_the_trainer_a_little(reference):
     assert all(1e-5 < gap < 0.1 for gap in gaps)
 
 
-def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(reference, tmp_path):
-    loop = Loop(tmp_path / "run")
-    loop.wait_for_step(0)
-    loop.process.send_signal(signal.SIGINT)
-    assert "--resume goes on from there" in loop.finish()
-    assert len(rows(loop.out)) < 5
-    Loop(tmp_path / "run", "--resume").finish()
-    assert numbers(loop.out) == numbers(reference[0])
+def test_ctrl_c_and_resume_give_the_numbers_of_an_uninterrupted_run(
+    reference, tmp_path, loop, forked_engines, monkeypatch, capsys
+):
+    from runlog import RunLog
+
+    def interrupted(log, row, samples):
+        step(log, row, samples)
+        signal.raise_signal(signal.SIGINT)
+
+    step = RunLog.step
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", interrupted)
+        loop(f"--out={tmp_path}", *SETTINGS)
+    assert "--resume goes on from there" in " ".join(capsys.readouterr().out.split())
+    assert len(rows(tmp_path)) == 1
+    loop(f"--out={tmp_path}", *SETTINGS, "--resume")
+    assert numbers(tmp_path) == numbers(reference[0])
 
 
-def test_killed_engine_loses_nothing_and_changes_nothing(reference, tmp_path):
-    loop = Loop(tmp_path / "run")
-    loop.wait_for_step(1)
-    children = Path(f"/proc/{loop.process.pid}/task/{loop.process.pid}/children").read_text()
-    engines = [pid for pid in map(int, children.split()) if is_engine(pid)]
-    os.kill(engines[0], signal.SIGKILL)
-    text = loop.finish()
+def test_killed_engine_loses_nothing_and_changes_nothing(
+    reference, tmp_path, loop, forked_engines, kill_engine, capsys
+):
+    kill_engine(after=2)
+    loop(f"--out={tmp_path}", *SETTINGS)
+    text = " ".join(capsys.readouterr().out.split())
     assert "starting a new engine; what was finished is kept" in text
-    assert numbers(loop.out) == numbers(reference[0])
+    assert numbers(tmp_path) == numbers(reference[0])
 
 
-def is_engine(pid: int) -> bool:
-    return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """The script in this process, which has done its imports: for what needs none of its own."""
-
-    def run(*flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", [str(LOOP), *flags])
-        runpy.run_path(str(LOOP), run_name="__main__")
-
-    monkeypatch.syspath_prepend(LOOP.parent)
-    num_threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(num_threads)
-
-
-def test_switches_run_in_process(tmp_path, script):
+def test_switches_run_in_process(tmp_path, loop):
     flags = ["--no-r3", "--no-tis", "--no-engine-process", "--num-steps=2"]
-    script(f"--out={tmp_path}", *SETTINGS, *flags)
+    loop(f"--out={tmp_path}", *SETTINGS, *flags)
     assert "correction/kept" not in rows(tmp_path)[0] and len(rows(tmp_path)) == 2
 
 
-def test_resume_without_a_checkpoint_says_so(tmp_path, script):
+def test_resume_without_a_checkpoint_says_so(tmp_path, loop):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        script(f"--out={tmp_path / 'nothing'}", *SETTINGS, "--resume")
+        loop(f"--out={tmp_path / 'nothing'}", *SETTINGS, "--resume")
 
 
-def test_help_is_readable(script, capsys):
+def test_help_is_readable(loop, capsys):
     with pytest.raises(SystemExit) as stopped:
-        script("--help")
+        loop("--help")
     text = capsys.readouterr().out
     assert stopped.value.code == 0
     assert "Replay the engine's expert choices" in text and "--no-r3" in text

@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_same(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, forked_engines
 ):
     monkeypatch.syspath_prepend(EXAMPLES)
     from arithmetic import build_model, build_tokenizer

@@ -41,12 +41,13 @@ def python(tmp_path):
     return script
 
 
-def start(out: Path, python: Path, *flags: str) -> subprocess.Popen:
+def flags(out: Path, python: Path) -> list[str]:
     settings = [f"--{key}={value}" for key, value in SMALL.items()]
-    command = [
-        sys.executable, str(EXAMPLES / "sglang_grpo.py"), f"--out={out}",
-        f"--server-python={python}", *settings, *flags,
-    ]  # fmt: skip
+    return [f"--out={out}", f"--server-python={python}", *settings]
+
+
+def start(out: Path, python: Path) -> subprocess.Popen:
+    command = [sys.executable, str(EXAMPLES / "sglang_grpo.py"), *flags(out, python)]
     # On a busy machine threads that spin while they wait for each other take minutes.
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
@@ -67,7 +68,9 @@ def rows(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(300)
-def test_run_leaves_readings_of_every_step_and_goes_on_after_a_stop(python, tmp_path):
+def test_run_leaves_readings_of_every_step_and_goes_on_after_a_stop(
+    python, tmp_path, script, capsys
+):
     out = tmp_path / "run"
     process = start(out, python)
     while not rows(out):
@@ -78,7 +81,8 @@ def test_run_leaves_readings_of_every_step_and_goes_on_after_a_stop(python, tmp_
     assert "the server has answered after" in text and "--resume goes on from there" in text
     done = len(rows(out))
     assert done < 3
-    text = finish(start(out, python, "--resume"))
+    script("sglang_grpo", *flags(out, python), "--resume")
+    text = " ".join(capsys.readouterr().out.split())
     assert f"resumed at step {done}" in text and "held-out accuracy after RL" in text
     assert "gap to the server, nats" in text and "in which the server stood still" in text
     assert [row["step"] for row in rows(out)] == [0, 1, 2]
@@ -93,28 +97,22 @@ def test_run_leaves_readings_of_every_step_and_goes_on_after_a_stop(python, tmp_
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_server_is_started_again_and_gets_the_weights_of_the_step(python, tmp_path):
+def test_a_killed_server_is_started_again_and_gets_the_weights_of_the_step(
+    python, tmp_path, script, kill_engine, capsys
+):
     out = tmp_path / "run"
-    process = start(out, python, "--no-r3", "--num-steps=4")
-    while not rows(out):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    servers = [pid for pid in map(int, children) if b"sglang_fake" in command_of(pid)]
-    os.kill(servers[0], signal.SIGKILL)
-    text = finish(process)
+    kill_engine(after=1)
+    script("sglang_grpo", *flags(out, python), "--no-r3", "--num-steps=4")
+    text = " ".join(capsys.readouterr().out.split())
     assert "starting a new engine; what was finished is kept" in text
     assert [row["step"] for row in rows(out)] == [0, 1, 2, 3]
     assert "natural/agreement" not in rows(out)[0]
 
 
-def command_of(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def test_help_is_readable():
-    command = [sys.executable, str(EXAMPLES / "sglang_grpo.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_help_is_readable(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script("sglang_grpo", "--help")
+    text = capsys.readouterr().out
     assert "The server's PYTHONPATH" in text and "{cuda_ipc,value,disk}" in text
     assert "--engine-process" not in text
 

@@ -19,9 +19,12 @@ SMALL = {
 }  # fmt: skip
 
 
-def start(out: Path, *flags: str) -> subprocess.Popen:
-    settings = [f"--{key}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, str(SCRIPT), f"--out={out}", *settings, *flags]
+def flags(out: Path) -> list[str]:
+    return [f"--out={out}", *(f"--{key}={value}" for key, value in SMALL.items())]
+
+
+def start(out: Path) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *flags(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -39,8 +42,9 @@ def numbers(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path):
-    text = finish(start(tmp_path / "whole"))
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, script, capsys):
+    script("speculative_rl", *flags(tmp_path / "whole"))
+    text = " ".join(capsys.readouterr().out.split())
     assert "reward with the draft" in text and "standard errors apart" in text
     assert (tmp_path / "whole" / "acceptance.png").stat().st_size > 1000
     found = rows(tmp_path / "whole")
@@ -58,5 +62,5 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path):
     process.send_signal(signal.SIGINT)
     assert "--resume goes on" in finish(process)
     assert 1 <= len(rows(tmp_path / "parts")) < 4
-    finish(start(tmp_path / "parts", "--resume"))
+    script("speculative_rl", *flags(tmp_path / "parts"), "--resume")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""The example of a trainer, an engine and a kill, as a user runs it."""
+"""The example of a trainer, an engine and a kill, once as a user runs it."""
 
 import subprocess
 import sys
@@ -9,17 +9,33 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "weight_sync.py"
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("carrier", ["shared-memory", "disk"])
-def test_every_version_is_served_though_the_engine_is_killed(carrier):
+def flags(carrier):
     sizes = ["--hidden", "64", "--layers", "2", "--versions", "3", "--kill-at", "2"]
+    return ["--carrier", carrier, *sizes]
+
+
+@pytest.fixture
+def disk(script, forked_engines, capsys):
+    script("weight_sync", *flags("disk"))
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def shared_memory():
     run = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--carrier", carrier, *sizes],
+        [sys.executable, str(EXAMPLE), *flags("shared-memory")],
         capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    gaps = [line.split()[5] for line in run.stdout.splitlines() if "mean |d|" in line]
-    assert len(gaps) == 3 and all(float(gap) < 1e-4 for gap in gaps), run.stdout
-    assert "the engine is back, with version" in run.stdout
-    failed = "version 2: the receiver went away" in run.stdout
-    assert failed == (carrier == "shared-memory")
+    return run.stdout
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("carrier", ["shared_memory", "disk"])
+def test_every_version_is_served_though_the_engine_is_killed(request, carrier):
+    said = request.getfixturevalue(carrier)
+    gaps = [line.split()[5] for line in said.splitlines() if "mean |d|" in line]
+    assert len(gaps) == 3 and all(float(gap) < 1e-4 for gap in gaps), said
+    assert "the engine is back, with version" in said
+    failed = "version 2: the receiver went away" in said
+    assert failed == (carrier == "shared_memory")

@@ -24,8 +24,10 @@ def model_of(family, recipe, seed, device, experts="batched_mm"):
 
 def answers(engine):
     """Tokens and log-probs, prompt by prompt, so that every engine has batches of the same size."""
-    samples = [generate_all(engine, [one], params(12, temperature=0.0))[0] for one in PROMPTS]
-    return [s.tokens for s in samples], torch.tensor([s.rollout_logprobs[-12:] for s in samples])
+    wanted = params(12 if engine.model.device.type == "cuda" else 6, temperature=0.0)
+    samples = [generate_all(engine, [one], wanted)[0] for one in PROMPTS]
+    logprobs = [s.rollout_logprobs[-wanted.max_new_tokens :] for s in samples]
+    return [s.tokens for s in samples], torch.tensor(logprobs)
 
 
 @functools.cache

@@ -183,7 +183,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 def test_torch_compile_takes_a_converted_model_as_one_graph():
     torch._dynamo.reset()
-    model = model_of("qwen3_moe", experts="grouped_mm")
+    model = model_of("qwen3_moe", experts="grouped_mm", num_hidden_layers=1)
     convert_(model, [("*", INT4)])
     expected, gradients = step(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -57,6 +57,21 @@ SAMPLING_FIELDS = {
 }  # fmt: skip
 
 
+class Server(uvicorn.Server):
+    """Ends at once: uvicorn's looks ten times a second whether it should, and then waits."""
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            await asyncio.sleep(0.01)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        for listener in self.servers:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await asyncio.sleep(0.01)  # they close meanwhile
+
+
 class FakeSGLang(Control):
     """One server: `app` is the FastAPI application, `start` serves it from a thread.
 
@@ -123,7 +138,7 @@ class FakeSGLang(Control):
         self._running: list[Running] = []
         self.held = self._engine_paused = False
         self._stepper: asyncio.Task[None] | None = None
-        self._server: uvicorn.Server | None = None
+        self._server: Server | None = None
         self._thread: threading.Thread | None = None
         self.app = self._application()
 
@@ -138,7 +153,7 @@ class FakeSGLang(Control):
             self.app, host="127.0.0.1", port=self._port, log_level="error", timeout_keep_alive=5,
             backlog=4096, lifespan="off",
         )  # fmt: skip
-        self._server = uvicorn.Server(config)
+        self._server = Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

@@ -44,6 +44,7 @@ def test_a_perfect_draft_arrives_in_mid_answer():
         passes.wait()
         perfect = StandaloneDraft.from_target(model, tiny("llama"))
         InProcessSyncer(engine.draft_weights).push(weights_of(perfect).items(), version=1)
+        passes.go_on()
         assert future.result(timeout=60).num_generated_tokens == 50
         before = engine.acceptance()
         generate_all(engine, PROMPTS, params(30, seed=0))

@@ -27,6 +27,7 @@ def interrupted(engine: HFEngine) -> Sample:
     future = engine.submit(PROMPT, LONG)
     passes.wait()
     engine.abort_now()
+    passes.go_on()
     return future.result(timeout=60)
 
 
@@ -94,6 +95,7 @@ def test_abort_by_id_ends_that_request_only_queued_ones_too():
         futures = [engine.submit(PROMPT, LONG, request_id=f"r{i}") for i in range(3)]
         passes.wait()
         engine.abort_now(["r0", "r2", "nobody"])
+        passes.go_on()
         samples = [future.result(60) for future in futures]
         assert answer(engine, samples[2]).tokens == whole.tokens
     statuses = [sample.status for sample in samples]
@@ -128,6 +130,7 @@ def test_pause_holds_and_resume_goes_on():
         late = engine.submit(PROMPT, LONG)
         time.sleep(0.1)
         assert passes.count == held and not future.done() and not late.done()
+        passes.go_on()
         asyncio.run(engine.resume())
         assert future.result(60).tokens == late.result(60).tokens == whole.tokens
 
@@ -140,6 +143,7 @@ def test_new_weights_in_mid_answer_give_two_spans_and_other_tokens(name):
         future = engine.submit(PROMPT, LONG)
         passes.wait()
         engine.commit_weights(others_of(engine, name), version=8)
+        passes.go_on()
         assert engine.weight_version == 8
         sample = future.result(60)
     cut = sample.spans[0].end
@@ -182,6 +186,7 @@ def test_a_cancelled_task_does_not_break_the_engine():
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            passes.go_on()
             return await engine.generate(PROMPT, LONG)
 
         assert asyncio.run(main()).tokens == whole.tokens

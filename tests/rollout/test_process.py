@@ -28,11 +28,18 @@ LONG = params(60, seed=4)
 
 
 @pytest.fixture(scope="module")
-def engine():
-    """Slow enough to be caught in the middle; restarted by the test that kills it."""
+def child():
     process = EngineProcess(make_engine, "qwen3_moe", 0.02)
     yield process
     process.close()
+
+
+@pytest.fixture
+def engine(child):
+    """Slow enough to be caught in the middle; started again only after a test that ended it."""
+    if not child.alive:
+        child.restart()
+    return child
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +145,6 @@ def test_a_cancelled_call_is_aborted_in_the_child_and_leaves_the_others_alone(en
     assert abort.request_ids == [sent[0].request_id]
 
 
-def test_a_child_that_no_longer_reads_is_closed_all_the_same(monkeypatch):
-    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
-    engine = EngineProcess(make_engine)
-    os.kill(engine.pid, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(asyncio.run, engine.generate([5] * 200_000, LONG))  # fills the pipe
-        while not engine._lock.locked():
-            time.sleep(0.01)
-        engine.close()
-        with pytest.raises(EngineDiedError):
-            call.result(60)
-    assert not engine.alive
-
-
 def test_a_child_that_has_ended_runs_for_no_thread():
     context, before = multiprocessing.get_context("fork"), sys.getswitchinterval()
 
@@ -193,6 +186,20 @@ def test_a_killed_child_fails_all_that_wait_and_a_restart_serves_again(engine):
     assert engine.alive and engine.pid != pid and engine.weight_version == 3
     again = generate_all(engine, PROMPTS, WANTED)
     assert [fields(s) for s in again] == [fields(s) for s in before]
+
+
+def test_a_child_that_no_longer_reads_is_closed_all_the_same(engine, monkeypatch):
+    """The last that needs the child, which it ends."""
+    monkeypatch.setattr(process, "CLOSE_SECONDS", 0.2)
+    os.kill(engine.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(asyncio.run, engine.generate([5] * 200_000, LONG))  # fills the pipe
+        while not engine._lock.locked():
+            time.sleep(0.01)
+        engine.close()
+        with pytest.raises(EngineDiedError):
+            call.result(60)
+    assert not engine.alive
 
 
 def test_a_factory_that_fails_says_why():

@@ -24,6 +24,7 @@ def interrupted(engine: HFEngine, prompt=PROMPT) -> Sample:
     future = engine.submit(prompt, LONG)
     passes.wait()
     engine.abort_now()
+    passes.go_on()
     return future.result(timeout=60)
 
 
@@ -62,6 +63,7 @@ def test_new_weights_in_mid_answer_start_a_span_at_the_token_they_process_first(
         if pause:
             asyncio.run(engine.pause())
         serve_seed(engine, 1)
+        passes.go_on()
         if pause:
             asyncio.run(engine.resume())
         sample = future.result(60)
@@ -123,14 +125,17 @@ def test_a_request_aborted_in_the_queue_has_no_rows_and_is_resumed_as_if_new():
         queued = engine.submit(PROMPT, LONG, request_id="queued")
         passes.wait()
         engine.abort_now(["queued"])
+        passes.go_on()
         waited = queued.result(60)
         running.result(60)
         part = interrupted(engine)
         resumed = answer(engine, waited)
         # One that was aborted twice, the second time before its turn, keeps what it had.
+        passes = Passes(engine.model, at=1)
         running = engine.submit(PROMPT, LONG)
         again = engine.submit(part, LONG, request_id="again")
         engine.abort_now(["again"])
+        passes.go_on()
         kept = again.result(60)
         running.result(60)
     assert waited.routing is None and waited.tokens == PROMPT
@@ -239,6 +244,7 @@ def test_a_resumed_member_of_a_group_goes_on_sharing():
         asyncio.run(engine.resume())
         passes.wait()
         engine.abort_now()
+        passes.go_on()
         parts = [future.result(60) for future in futures]
         resumed = [answer(engine, part, params(30)) for part in parts]
     assert storage_bytes(s.routing for s in resumed) == (21 + 2 * 29) * ROW

@@ -99,19 +99,20 @@ def test_the_protocols_parameters_are_taken():
         assert [*signature(ours).parameters] == [*signature(theirs).parameters]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_thousand_requests_at_once(version):
-    with serving(version, step_seconds=0.01) as (fake, engine):
+@pytest.mark.parametrize(("version", "count"), [("0.5.17", 200), ("0.5.21", 1000)])
+def test_a_thousand_requests_at_once(version, count):
+    with serving(version, step_seconds=0.5) as (fake, engine):
 
         async def rollout():
-            prompts = [[3 + i % 20, 1 + i // 50] for i in range(1000)]
-            work = (engine.generate(prompt, params(30)) for prompt in prompts)
+            prompts = [[3 + i % 20, 1 + i // 50] for i in range(count)]
+            work = (engine.generate(prompt, params(4)) for prompt in prompts)
             return prompts, await asyncio.gather(*work)
 
         prompts, samples = asyncio.run(rollout())
         for prompt, sample in zip(prompts, samples, strict=True):
-            assert sample.tokens == expected(prompt, 30)[0]
-        assert len({body["rid"] for body in fake.requests}) == 1000
+            assert sample.tokens == expected(prompt, 4)[0]
+        assert len({body["rid"] for body in fake.requests}) == count
+        assert fake.max_seen_running > 100, "they were not sent at once"
         assert engine.num_in_flight == 0
 
 

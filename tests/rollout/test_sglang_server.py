@@ -75,7 +75,7 @@ def test_a_death_before_the_first_answer_shows_the_log():
 
 
 def test_a_start_that_takes_too_long_is_ended():
-    slow = server("--start-seconds", "600", start_timeout=6.0)
+    slow = server(module="tests.rollout.sglang_asleep", start_timeout=1.5)
     with pytest.raises(EngineError, match="did not answer /server_info within") as caught:
         slow.start()
     assert "serving some/model" in str(caught.value)

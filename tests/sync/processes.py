@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from tests.distributed.gloo import PRELOAD
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOAD)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def launch(
@@ -23,7 +23,7 @@ def launch(
     """`worker(*args)` on every rank; None for ranks that died, an exception's text as a string."""
     folder = Path(folder)
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, worker, world_size, str(folder), args))
+        CONTEXT.Process(target=_rank, args=(rank, worker, world_size, str(folder), args))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -39,7 +39,7 @@ def launch(
 
 def start(function: Callable[..., Any], *args: Any) -> Any:
     """One more process, without a group."""
-    process = _CONTEXT.Process(target=function, args=args)
+    process = CONTEXT.Process(target=function, args=args)
     process.start()
     return process
 

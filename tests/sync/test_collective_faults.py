@@ -80,20 +80,20 @@ def silent(who):
 
     def sleepy_send(link, to, message):
         if rank == who == 0 and message.get("op") == "end":
-            time.sleep(3)
+            time.sleep(2)
         send(link, to, message)
 
     def sleepy_receive(link, source, **options):
         message = receive(link, source, **options)
         if rank == who == 1 and message.get("op") == "end":
-            time.sleep(3)
+            time.sleep(2)
         return message
 
     Link.send, Link.receive = sleepy_send, sleepy_receive
     if rank == 0:
         syncer = CollectiveSyncer(dist.group.WORLD, timeout=1)
         result = attempt(lambda: syncer.push(weights(1), version=1))
-        time.sleep(3)
+        time.sleep(1.5 * who)  # be there when the other wakes up
         return result
     target = Target()
     receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=1)
@@ -115,7 +115,7 @@ def test_a_sender_that_is_silent_for_too_long_leaves_the_engine_serving(tmp_path
 NONSENSE = [b"{", b"[]", b"{}", b'{"op": "bucket"}', b'{"op": "begin"}', b"\xff"]
 
 
-def talking_nonsense(body):
+def talking_nonsense(body, folder):
     group = dist.group.WORLD
     if dist.get_rank() == 0:
         data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
@@ -125,16 +125,20 @@ def talking_nonsense(body):
             link.receive(1)
         group.send([torch.tensor([len(body)])], 1, 0).wait()
         group.send([data], 1, 0).wait()
-        time.sleep(1)
+        while not (folder / "read").exists():
+            time.sleep(0.01)
         return None
     target = Target()
-    text = attempt(CollectiveReceiver(target, group, timeout=TIMEOUT).receive_once)
+    try:
+        text = attempt(CollectiveReceiver(target, group, timeout=TIMEOUT).receive_once)
+    finally:
+        (folder / "read").touch()
     return text, target.weight_version
 
 
 @pytest.mark.parametrize("body", NONSENSE)
 def test_a_sender_that_talks_nonsense_does_no_harm(tmp_path, body):
-    _, (text, version) = launch(talking_nonsense, 2, tmp_path, body)
+    _, (text, version) = launch(talking_nonsense, 2, tmp_path, body, tmp_path)
     matches(text, "SyncError|PeerLostError")
     matches(text, "nonsense")
     assert version == 0

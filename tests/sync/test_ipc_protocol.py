@@ -1,6 +1,5 @@
 """Buckets through memory that two processes share, on the CPU; `cuda_ipc` is the same on a GPU."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from miles.sync._bucket_sender import BucketSender, slot_bytes
 from miles.sync._checksum import BLOCK
 from miles.sync._memory import FileMemory
 from tests.models import params, serving, tiny
+from tests.sync import processes
 from tests.sync.targets import Target, random_tensors, same
 from tests.sync.test_inprocess import BROKEN
 
@@ -398,7 +398,7 @@ def push_slowly(address: str, begun) -> None:
 
 
 def test_a_receiver_process_killed_during_a_commit_is_an_error(address):
-    context = multiprocessing.get_context("spawn")
+    context = processes.CONTEXT
     ready = context.Event()
     child = context.Process(target=serve, args=(str(address), ready, 60))
     child.start()
@@ -411,7 +411,7 @@ def test_a_receiver_process_killed_during_a_commit_is_an_error(address):
 
 
 def test_a_sender_process_killed_during_a_push_makes_room(target, syncer, address):
-    context = multiprocessing.get_context("spawn")
+    context = processes.CONTEXT
     begun = context.Event()
     child = context.Process(target=push_slowly, args=(str(address), begun))
     child.start()

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from miles.errors import SettingError, SyncError
 from miles.protocols import WeightSyncer
 from miles.sync import SharedMemoryReceiver, SharedMemorySyncer, shm
 from tests.models import params, serving, tiny
+from tests.sync import processes
 from tests.sync.targets import Target, random_tensors, same, serve, tensors
 from tests.sync.test_inprocess import BROKEN
 
@@ -243,7 +243,7 @@ def test_a_receiver_that_does_not_answer_in_time_is_an_error(address):
 
 
 def test_a_receiver_killed_during_a_push_is_an_error_and_its_successor_is_served(address):
-    context = multiprocessing.get_context("spawn")
+    context = processes.CONTEXT
 
     def start(commit_seconds: float):
         ready = context.Event()
