@@ -20,7 +20,9 @@ class Draws:
 
     def __init__(self, seed: int | None) -> None:
         self.seed = random.getrandbits(48) if seed is None else seed
-        self._generator = torch.Generator().manual_seed(self.seed)
+        # The generator reads 32 bits. Seeds below 2**32 stay as they are.
+        folded = (self.seed ^ (self.seed >> 32) * 0x9E3779B1) % 2**32
+        self._generator = torch.Generator().manual_seed(folded)
         self._values: list[float] = []
 
     def __getitem__(self, position: int) -> float:

@@ -35,6 +35,9 @@ __all__ = ["Speculation", "StepController", "uniforms"]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 by the golden ratio
 SUM_TOLERANCE = 1e-3
+STRIDE = np.uint64(1 << 32)
+"""Numbers that belong to a step, whatever the number of draft tokens: another engine that goes on
+with an answer finds none that it has used."""
 MAX_WAITING = 8192
 """Tokens of all requests whose features are kept for the draft while it is not used. Where older
 ones are gone, it begins anew after the gap."""
@@ -305,7 +308,8 @@ class Speculation:
             lengths_R=lengths_R,
             check=False,  # what can be wrong is looked at when the device is done with it
         )
-        heads_R2 = torch.stack([verified.num_tokens_R, self._wrong(proposal, lengths_R)], dim=1)
+        wrong_R = self._wrong(proposal, lengths_R, inputs.temperatures_R)
+        heads_R2 = torch.stack([verified.num_tokens_R, wrong_R], dim=1)
         parts = (heads_R2, verified.tokens_RK, verified.logprobs_RK)
         # One transfer; integers are exact in float64.
         host = torch.cat([part.double() for part in parts], dim=1).tolist()
@@ -315,8 +319,9 @@ class Speculation:
                 request.fail(
                     EngineError(
                         f"the draft ({self._name}) proposed tokens that are not in the vocabulary, "
-                        "or probabilities that do not sum to 1 or are 0 for a proposed token; "
-                        f"expected ids in 0..{self._vocab_size - 1}, drawn from the probabilities"
+                        "or probabilities that do not sum to 1, are 0 for a proposed token, or "
+                        "leave a choice at temperature 0; expected ids in "
+                        f"0..{self._vocab_size - 1}, drawn from the probabilities"
                     )
                 )
             tokens.append([int(token) for token in rest[: int(count)]])
@@ -349,7 +354,7 @@ class Speculation:
         self._settle({self._states[one]: (row, count) for one, (row, count) in rows if count})
         return counts
 
-    def _wrong(self, proposal: Proposal, lengths_R: Tensor) -> Tensor:
+    def _wrong(self, proposal: Proposal, lengths_R: Tensor, temperatures_R: Tensor) -> Tensor:
         """bool `[R]`: rows that the draft cannot have drawn as it says."""
         tokens_RK = proposal.tokens_RK
         known_RK = tokens_RK.clamp(0, self._vocab_size - 1)
@@ -358,6 +363,7 @@ class Speculation:
             chosen_RK = proposal.probs_RKV.gather(-1, known_RK[..., None])[..., 0]
             right_RK &= (proposal.probs_RKV.sum(-1) - 1).abs() < SUM_TOLERANCE
             right_RK &= chosen_RK > 0
+            right_RK &= (chosen_RK > 1 - SUM_TOLERANCE) | (temperatures_R[:, None] > 0)
         used_RK = torch.arange(tokens_RK.shape[1], device=tokens_RK.device) < lengths_R[:, None]
         return (used_RK & ~right_RK).any(1)
 
@@ -474,7 +480,7 @@ def uniforms(seeds: Sequence[int], steps: Sequence[int], count: int) -> NDArray[
         True
     """
     seed_R1 = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)[:, None]
-    first_R1 = np.array(steps, dtype=np.uint64)[:, None] * np.uint64(count)
+    first_R1 = np.array(steps, dtype=np.uint64)[:, None] * STRIDE
     place_RU = first_R1 + np.arange(1, count + 1, dtype=np.uint64)
     bits_RU = _mixed(_mixed(seed_R1) + np.multiply(place_RU, GOLDEN, dtype=np.uint64))
     return (bits_RU >> np.uint64(11)).astype(np.float64) * 2.0**-53

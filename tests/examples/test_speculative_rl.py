@@ -52,6 +52,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, script, ca
     assert all(1 <= row["speculative/accept_length"] <= 5 for row in found)
     assert all(1 <= row["frozen/accept_length"] <= 5 for row in found)
     assert found[-1]["draft/acceptance/step_0"] > 0
+    versions = [row["speculative/draft_version"] for row in found]
+    assert 0 < versions[0] < versions[1] < versions[2] < versions[3]  # it is served
 
     process = start(tmp_path / "parts")
     deadline = time.monotonic() + 120

@@ -17,6 +17,7 @@ from miles.errors import (
 from miles.losses import token_logprobs
 from miles.moe import RoutingReplay
 from miles.rollout import HFEngine, RolloutEngine, Sample, Span, Status
+from miles.rollout._sampling import Draws
 from tests.models import VOCAB, generate_all, params, serving, tiny, token_batch
 
 kinds = pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
@@ -64,6 +65,13 @@ def test_logprobs_and_routing_are_those_of_a_teacher_forced_pass(name, temperatu
         got = torch.tensor(sample.rollout_logprobs[len(prompt) :])
         torch.testing.assert_close(got, logprobs[len(prompt) - 1 :], rtol=0, atol=ROUNDING)
         assert got.max() < -1e-3
+
+
+def test_seeds_that_differ_above_32_bits_draw_other_numbers():
+    first = [Draws(seed)[0] for seed in (5, 5 + 2**32, 5 + 2**33, 5 + 2**48)]
+    assert len(set(first)) == 4
+    generator = torch.Generator().manual_seed(5)
+    assert first[0] == torch.rand(1, generator=generator, dtype=torch.float64).item()
 
 
 def test_a_sample_says_what_was_sampled_with_which_weights_and_seed():

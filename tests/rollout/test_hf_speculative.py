@@ -452,7 +452,9 @@ def test_uniforms_are_numbers_of_the_place_alone(seeds, step, count):
     assert ((numbers >= 0) & (numbers < 1)).all()
     for row, seed in zip(numbers, seeds, strict=True):
         assert (uniforms([seed], [step], count)[0] == row).all()
-        assert set(row) & set(uniforms([seed], [step + 1], count)[0]) == set()
+        for other in (1, count, count + 2):  # an engine with fewer or more draft tokens goes on
+            later = uniforms([seed] * 3, [step + 1, step + 2, step + other], other)
+            assert set(row).isdisjoint(later.flatten())
 
 
 def test_uniforms_are_uniform_and_know_nothing_of_each_other():

@@ -280,7 +280,10 @@ class ModelDraft(nn.Module, ABC):
         most = self.depths if self.depths > 1 else num_steps
         if not 1 <= num_steps <= most:
             allowed = f"1 to {self.depths}, one for each module" if self.depths > 1 else "1 or more"
-            raise SettingError(f"num_steps is {num_steps}; expected {allowed}")
+            raise SettingError(
+                f"num_steps is {num_steps}; expected {allowed}: an engine's draft_steps, or steps= "
+                "of a DraftTrainer"
+            )
 
     def check_features(self, features: Tensor) -> None:
         """Raise ShapeError or DtypeError if these cannot be features of its target."""

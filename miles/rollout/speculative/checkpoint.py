@@ -263,8 +263,8 @@ def _load_eagle3(config: dict[str, Any], folder: str | Path, model: nn.Module) -
         if t2d.dtype != torch.bool or not torch.equal(t2d, known):
             raise CheckpointError(
                 f"{folder}: t2d ({t2d.dtype}, {int(t2d.sum())} entries set) does not say which of "
-                f"the {draft.vocab_size} tokens d2t ({len(ids)} entries) maps to; one of them "
-                "belongs to another draft"
+                f"the {draft.vocab_size} tokens d2t ({len(ids)} entries) maps to; expected both to "
+                "be one draft's: export it again"
             )
     _fill(draft, tensors, folder, model, ignore=BORROWED)
     return draft

@@ -228,8 +228,12 @@ def check_target_ids(target_ids: Tensor, vocab_size: int) -> None:
     lowest, highest = int(target_ids.min()), int(target_ids.max())
     if lowest < 0 or highest >= vocab_size:
         raise SettingError(
-            f"the draft's vocabulary maps to ids {lowest} to {highest}; the target has 0 to "
-            f"{vocab_size - 1}"
+            f"the draft's vocabulary maps to ids {lowest} to {highest}; expected those of the "
+            f"target, 0 to {vocab_size - 1}: the draft, or its d2t, is another target's"
         )
     if len(target_ids.unique()) != len(target_ids):
-        raise SettingError("the draft's vocabulary maps two of its tokens to one of the target's")
+        ids, counts = target_ids.unique(return_counts=True)
+        raise SettingError(
+            f"the draft's vocabulary maps more than one of its tokens to {ids[counts > 1][0]}; "
+            "expected each of the target's ids at most once (d2t is damaged, or target_ids repeats)"
+        )

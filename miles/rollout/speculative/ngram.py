@@ -83,7 +83,7 @@ class NgramDraft:
         self._answers_per_prompt, self._max_prompts = answers_per_prompt, max_prompts
         self._answers: OrderedDict[Tokens, tuple[_Index, ...]] = OrderedDict()
         self._ends: Counter[tuple[int, int]] = Counter()  # lengths and last tokens of the prompts
-        self._num_changes = self._num_remembered = 0
+        self._num_changes = self._salt = 0
         self._lock = threading.Lock()
 
     def memory(self, *, num_slots: int, max_context: int) -> _NgramMemory:
@@ -129,7 +129,7 @@ class NgramDraft:
         prompt = tuple(sample.tokens[:split])
         end = (split, prompt[-1])
         with self._lock:
-            self._num_remembered += 1
+            self._salt = hash((self._salt, *sample.tokens)) or 1
             if prompt not in self._answers:
                 self._ends[end] += 1
                 self._num_changes += 1
@@ -253,7 +253,7 @@ class _NgramMemory:
         return Proposal(
             tokens_RK=tokens_RK.view(len(slots), num_steps),
             lengths=tuple(len(row) for row in rows),
-            salt=self._draft._num_remembered,
+            salt=self._draft._salt,
         )
 
     def move(self, source: int, target: int) -> None:

@@ -53,7 +53,7 @@ class SpeculativeStats:
     num_accepted: int
     """Draft tokens that it kept, without the bonus token of each step."""
     num_tokens: int
-    """Tokens that came out."""
+    """Tokens that came of them and stayed; the first of an answer comes of its prefill."""
 
     def __add__(self, other: SpeculativeStats) -> SpeculativeStats:
         return SpeculativeStats(
@@ -76,18 +76,19 @@ class SpeculativeStats:
 
     @property
     def accept_length(self) -> float:
-        """Tokens a step, the bonus token too.
+        """Accepted tokens a step, the bonus token too.
 
         Raises:
             EmptyBatchError: nothing was verified.
         """
         if not self.num_verify_steps:
             raise EmptyBatchError(NOTHING)
-        return self.num_tokens / self.num_verify_steps
+        return 1 + self.num_accepted / self.num_verify_steps
 
     @classmethod
     def from_meta(cls, meta: Meta, num_tokens: int) -> SpeculativeStats | None:
-        """Out of SGLang's `meta_info`, whatever its version calls them; None without any."""
+        """Out of SGLang's `meta_info` of an answer of so many tokens, whatever its version calls
+        them; None without any."""
         accepted = _first(
             meta.spec_num_correct_drafts, meta.spec_accepted_drafts, meta.spec_accept_token_num
         )
@@ -99,7 +100,7 @@ class SpeculativeStats:
         steps = meta.spec_verify_ct or 0
         return cls(
             num_verify_steps=steps, num_proposed=proposed, num_accepted=accepted,
-            num_tokens=num_tokens,
+            num_tokens=max(num_tokens - 1, 0),
         )  # fmt: skip
 
 

@@ -184,6 +184,11 @@ class DraftTrainer:
         self.draft, self.policy = draft, policy
         self.version = 0
         """Grows by 1 with every step; the draft's own, whatever the policy's is."""
+        if not hasattr(draft, "named_parameters"):
+            raise SettingError(
+                f"{type(draft).__name__} has no weights to train; expected a draft with some, "
+                "such as Eagle3Draft"
+            )
         self._named = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         check_own(self._named, policy)
         check_made_for(draft, policy, steps)

@@ -15,7 +15,7 @@ from miles.errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from miles.rollout.speculative import AcceptanceStats, Eagle3Draft
+from miles.rollout.speculative import AcceptanceStats, Eagle3Draft, NgramDraft
 from miles.rollout.speculative.losses import TargetLogits, draft_loss
 from miles.rollout.speculative.trainer import Captured, DraftTrainer
 from tests.models import Passes, token_batch
@@ -336,6 +336,8 @@ def test_misuse_is_refused_in_words():
 
 def test_settings_that_cannot_be_are_refused_in_words():
     policy = policy_of()
+    with pytest.raises(SettingError, match="NgramDraft has no weights to train; expected"):
+        DraftTrainer(NgramDraft(), policy)
     draft = TinyDraft(policy)
     for changes, words in (
         ({"steps": 0}, "steps is 0"),

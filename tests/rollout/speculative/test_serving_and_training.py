@@ -69,6 +69,63 @@ def test_seeds_that_made_the_remembered_answers_do_not_judge_them():
         assert engine.acceptance().accept_rate > 0.2  # the answers were proposed
 
 
+def test_a_draft_made_anew_does_not_judge_answers_by_the_numbers_that_made_them():
+    """It remembers as many answers as the one had that they were made with."""
+    model = llama(vocab_size=3, num_hidden_layers=1, num_attention_heads=1)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token has the same chance
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, 3, (600, 14), generator=generator).tolist()
+
+    def answers(remembered, seed):
+        draft = NgramDraft(min_ngram=8, max_ngram=8)
+        for sample in remembered:
+            draft.remember(sample)
+        wanted = [SamplingParams(max_new_tokens=3, seed=seed + i) for i in range(600)]
+        with serving(model, max_batch=128, draft=draft, draft_steps=1) as engine:
+            futures = [engine.submit(p, w) for p, w in zip(prompts, wanted, strict=True)]
+            return [future.result(200) for future in futures]
+
+    made = answers(answers([], 0), 10**6)
+    seconds = torch.tensor([s.response_tokens[1] for s in answers(made, 10**6)])
+    got = seconds.bincount(minlength=3).double()
+    assert float(((got - 200) ** 2 / 200).sum()) < 14  # two degrees: once in a thousand times
+
+
+class Undecided:
+    """Draws at random whatever the temperature."""
+
+    feature_layers = ()
+
+    def memory(self, **sizes):
+        return self
+
+    def extend(self, *settled):
+        pass
+
+    def move(self, source, target):
+        pass
+
+    def free(self, slot):
+        pass
+
+    def propose(self, slots, *, num_steps, temperatures, uniforms_RK):
+        tokens_RK = torch.zeros(len(slots), num_steps, dtype=torch.int64)
+        probs_RKV = torch.full((*tokens_RK.shape, VOCAB), 1 / VOCAB)
+        return Proposal(tokens_RK=tokens_RK, probs_RKV=probs_RKV)
+
+
+def test_a_choice_at_temperature_0_ends_only_that_request():
+    with serving("llama", draft=Undecided(), draft_steps=2) as engine:
+        asyncio.run(engine.pause())
+        greedy = engine.submit([1, 2, 3], params(8, temperature=0.0))
+        sampled = engine.submit([4, 5, 6], params(8, seed=0, temperature=1.0))
+        asyncio.run(engine.resume())
+        with pytest.raises(EngineError, match="leave a choice at temperature 0"):
+            greedy.result(30)
+        assert len(sampled.result(30).response_tokens) == 8
+
+
 class Misshapen:
     """Proposes integers of another kind."""
 

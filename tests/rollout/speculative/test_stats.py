@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from miles.errors import EmptyBatchError, SettingError, ShapeError
 from miles.losses import reduce_metrics
+from miles.rollout._sglang_api import Meta
 from miles.rollout.speculative import AcceptanceStats, SpeculativeStats
 
 ROWS = st.lists(st.integers(0, 4).flatmap(lambda k: st.tuples(st.integers(0, k), st.just(k))))
@@ -95,6 +96,24 @@ def test_metrics_of_ranks_merge_into_those_of_all_rows(one, other):
     for k, rate in enumerate(expected.accept_rate_by_position):
         assert merged[f"speculative/accept_rate/position_{k}"].item() == pytest.approx(rate)
     assert merged["speculative/accept_rate/position_4"].isnan()
+
+
+def test_both_kinds_of_counts_read_the_same_where_an_answer_ends_inside_a_draft():
+    stats = AcceptanceStats.count(accepted=[3, 3], proposed=[3, 3], num_tokens=5)
+    assert stats.accept_length == stats.summary().accept_length == 4
+    assert stats.tokens_per_verify == 2.5
+
+
+def test_the_first_token_of_an_answer_of_sglangs_comes_of_no_verify_pass():
+    meta = Meta(
+        finish_reason=None, spec_verify_ct=2, spec_accept_token_num=4, spec_draft_token_num=6
+    )
+    stats = SpeculativeStats.from_meta(meta, 7)
+    assert stats == SpeculativeStats(
+        num_verify_steps=2, num_proposed=6, num_accepted=4, num_tokens=6
+    )
+    assert stats.accept_length == 3
+    assert SpeculativeStats.from_meta(meta, 0).num_tokens == 0
 
 
 def test_long_requests_weigh_more_than_short_ones():
