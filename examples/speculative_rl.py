@@ -229,7 +229,9 @@ class Speculation:
         frozen = (sum(later.accepted) - sum(earlier.accepted)) / num_steps + 1
         return {
             "speculative/accept_length": torch.tensor(online),
-            "speculative/draft_version": self._engines[0].draft_weights.weight_version,
+            "speculative/draft_version": torch.tensor(
+                self._engines[0].draft_weights.weight_version
+            ),
             "frozen/accept_length": torch.tensor(frozen),
             "frozen/reward": self._rewards(answers).mean(),
             **self._readings,
