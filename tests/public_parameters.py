@@ -251,15 +251,15 @@ PARAMETERS = {
     "miles.rollout.RolloutEngine.pause": "self",
     "miles.rollout.RolloutEngine.resume": "self",
     "miles.sync.InProcessSyncer": "target",
-    "miles.sync.SharedMemorySyncer": "address * timeout",
+    "miles.sync.SharedMemorySyncer": "address * timeout progress",
     "miles.sync.SharedMemoryReceiver": "target address",
     "miles.sync.CollectiveSyncer": ("group * trainers bucket_bytes timeout device progress"),
     "miles.sync.CollectiveReceiver": "target group * timeout device alias",
-    "miles.sync.CudaIpcSyncer": "address * bucket_bytes timeout",
+    "miles.sync.CudaIpcSyncer": "address * bucket_bytes timeout progress",
     "miles.sync.CudaIpcReceiver": "target address * direct alias",
     "miles.sync.SGLangSyncer": (
         "urls * via bucket_bytes in_place api_key admin_key pause selector verify folder master "
-        "backend timeout assume_version trainers"
+        "backend timeout assume_version trainers progress"
     ),
     "miles.sync.pack_parameters_": "module",
     "miles.sync.DiskSyncer": ("folder * delta full_every keep shard_bytes level trainers progress"),

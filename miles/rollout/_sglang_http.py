@@ -127,7 +127,7 @@ class Server:
         self.vocab_size: int | None = None
         self.features: Features | None = None
         self.probing = asyncio.Lock()
-        self._keys = (api_key, admin_api_key or api_key)
+        self._api_key, self._admin_api_key = api_key, admin_api_key
         self._timeout, self._request_timeout = timeout, request_timeout
         # Reading the certificates takes a while: once, and only if they are needed.
         verify = ssl.create_default_context() if self.url.startswith("https:") else False
@@ -221,7 +221,7 @@ class Server:
         Raises:
             NotReached, ConnectionLost, Busy, EngineError: see there.
         """
-        key = self._keys[admin]
+        key = (self._admin_api_key or self._api_key) if admin else self._api_key
         limit = self._timeout if seconds == -1.0 else seconds
         headers = {"content-type": "application/json"} if body is not None else {}
         if key is not None:
@@ -247,14 +247,36 @@ class Server:
             raise SettingError(
                 f"{self.url!r} is not an address; expected one like http://host:30000"
             ) from error
+        except httpx.DecodingError as error:
+            raise EngineError(
+                f"{self.url}{path} answered with bytes that are not what their content-encoding "
+                f"says ({error}); expected JSON as SGLang sends it; look at what is between this "
+                "process and the server"
+            ) from error
         except httpx.TransportError as error:
             raise ConnectionLost(
                 f"the connection to {self.url} ended during {path} "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {error}); expected an answer; look at the end of the "
+                "server's log, and start it again if it has died"
             ) from error
+        if answer.status_code in (401, 403):
+            raise self._wants_a_key(path, answer.status_code, admin=admin)
         if answer.status_code != 200:
-            raise _refusal(self.url, path, answer, admin=admin, has_key=key is not None)
+            raise _refusal(self.url, path, answer)
         return answer.content
+
+    def _wants_a_key(self, path: str, status: int, *, admin: bool) -> Refused:
+        name = "admin_api_key" if admin else "api_key"
+        if self._admin_api_key if admin else self._api_key:
+            got = f"refused the {name} it got"
+        elif admin and self._api_key:
+            got = f"refused the api_key, which it got since {name} is None"
+        else:
+            got = f"asks for a key, and {name} is None"
+        return Refused(
+            f"{self.url}{path} answered {status}: it {got}; expected {name}= to be what the "
+            f"server was started with (--{name.replace('_', '-')})"
+        )
 
 
 def _client(verify: ssl.SSLContext | bool) -> httpx.AsyncClient:
@@ -270,26 +292,25 @@ def _not_reached(url: str, error: Exception) -> EngineError:
         return EngineError(
             f"no connection to {url}: {error}. Raise the limit (ulimit -n), or lower max_in_flight"
         )
-    return NotReached(f"no SGLang server answers at {url} ({error or type(error).__name__})")
+    return NotReached(
+        f"no SGLang server answers at {url} ({str(error) or type(error).__name__}); expected one "
+        "there; look at its log, start it if it does not run, or give the address it has"
+    )
 
 
-def _refusal(
-    url: str, path: str, answer: httpx.Response, *, admin: bool, has_key: bool
-) -> Exception:
+def _refusal(url: str, path: str, answer: httpx.Response) -> Exception:
     status, text = answer.status_code, answer.text[:2000]
     if status in (429, 502, 503):
-        return Busy(f"{url}{path} answered {status}: {text}")
+        return Busy(
+            f"{url}{path} answered {status}: {text}; expected it to take requests; lower "
+            "max_in_flight, raise retries or backoff, or look at the server's log"
+        )
     if status == 499:
         return Aborted(f"{url}{path} answered {status}: {text}")
-    if status in (401, 403):
-        name = "admin_api_key" if admin else "api_key"
-        got = f"refused the {name} it got" if has_key else f"asks for a key, and {name} is None"
-        return Refused(
-            f"{url}{path} answered {status}: it {got}; expected {name}= to be what the server was "
-            f"started with (--{name.replace('_', '-')})"
-        )
     if status == 400 and path == "/generate":
         if "context length" in text or "allowed length" in text:
             return PromptTooLongError(f"{url} refused the request: {text}")
         return SettingError(f"{url} refused the request: {text}")
-    return Refused(f"{url}{path} answered {status}: {text}")
+    return Refused(
+        f"{url}{path} answered {status}: {text}; expected 200; look at the end of the server's log"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -46,24 +48,28 @@ class SGLangServer:
     `start` returns when the server has answered a request; until then `/health` says 503. If this
     process ends, even by SIGKILL, the server is ended too.
 
+    Without `log=` its output goes to a temporary folder, which `stop` removes if the server ran
+    until then. If it had died or did not start, or an exception ends the `with` block, the folder
+    stays, and an error, a note of the exception or a warning says where it is.
+
     Args:
         model_path: what to serve.
         args: further flags of `sglang.launch_server`.
-        host: address that it listens on.
+        host: IPv4 address that it listens on, or a name that has one.
         port: its port; None takes a free one.
         env: environment variables for it alone, beside those of this process: `PYTHONPATH`, if it
             needs other packages than the trainer.
         cwd: folder that it runs in; `python -m` looks for modules there first.
         python: the interpreter that has SGLang.
         module: what to run instead of `sglang.launch_server`.
-        log: file for its output; None takes a temporary one, see `log`.
+        log: file for its output; None takes a temporary one, see above.
         on_line: called with each line of it, in a thread.
         start_timeout: seconds until the first answer.
         stop_timeout: seconds between SIGTERM and SIGKILL.
         api_key: passed on, and used for the first request.
 
     Raises:
-        SettingError: a port that is taken.
+        SettingError: a host at which nothing can listen here.
 
     Example:
         >>> from miles.rollout import SGLangServer
@@ -89,7 +95,8 @@ class SGLangServer:
         stop_timeout: float = 20.0,
         api_key: str | None = None,
     ) -> None:
-        self.port = _free_port(host) if port is None else port
+        self._host = host
+        self.port = _bind(host, 0) if port is None else port
         self.url = f"http://{host}:{self.port}"
         self._own_log = log is None
         folder = f"sglang-{uuid.uuid4().hex}"
@@ -106,6 +113,7 @@ class SGLangServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
+        self._started = self._told = False  # it has answered; an error told of its death
 
     @property
     def pid(self) -> int | None:
@@ -124,6 +132,7 @@ class SGLangServer:
             EngineDiedError: it ended by itself; the text holds the end of its log.
         """
         if self._process is not None and (code := self._process.poll()) is not None:
+            self._told = True
             raise EngineDiedError(
                 f"the server {self._process.pid} ended with exit code {code}. The end of "
                 f"{self.log}:\n{self.last_lines()}"
@@ -143,25 +152,14 @@ class SGLangServer:
             EngineDiedError: it ended before that.
             EngineError: it did not answer in `start_timeout`, or refused the first request; it is
                 ended.
-            SettingError: there is no such interpreter, or the port is taken.
+            SettingError: there is no such interpreter, the port is taken, or the log cannot be
+                written.
         """
         if self.alive:
             return self
         self._clean_up()
-        _check_port_is_free(self.url)
-        mode = 0o700 if self._own_log else 0o777
-        self.log.parent.mkdir(mode=mode, parents=True, exist_ok=True)
-        try:
-            with self.log.open("wb") as file:
-                self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                    process_group=0, cwd=self._cwd,
-                )  # fmt: skip
-        except OSError as error:
-            raise SettingError(
-                f"{self.command[0]!r} cannot be started ({error}); expected an interpreter that "
-                "has sglang"
-            ) from error
+        _bind(self._host, self.port)  # a server of someone else would answer in the place of ours
+        self._process = self._spawned()
         try:
             # Its own group, so that neither Ctrl-C nor the end of the server's ends it.
             self._watchdog = subprocess.Popen(
@@ -176,23 +174,68 @@ class SGLangServer:
                 self._reader.start()
             self._wait()
         except BaseException:
-            self.stop()
+            self._end(keep_log=True)
             raise
+        self._started, self._told = True, False
         return self
 
     def stop(self) -> None:
         """End it and all its children: SIGTERM, then SIGKILL."""
+        self._end(keep_log=False)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        failed = isinstance(error, Exception)
+        if failed and self._own_log and error is not None:
+            error.add_note(f"the log of the SGLang server at {self.url} is {self.log}")
+        self._end(keep_log=failed)
+
+    def _spawned(self) -> subprocess.Popen[bytes]:
+        mode = 0o700 if self._own_log else 0o777
+        try:
+            self.log.parent.mkdir(mode=mode, parents=True, exist_ok=True)
+            self.log.write_bytes(b"")
+        except OSError as error:
+            raise SettingError(
+                f"the log {self.log} cannot be written ({error}); expected a file that this "
+                "process can make; give another one as log="
+            ) from error
+        try:
+            with self.log.open("wb") as file:
+                return subprocess.Popen(
+                    self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    process_group=0, cwd=self._cwd,
+                )  # fmt: skip
+        except OSError as error:
+            self._remove_own_log()
+            raise SettingError(
+                f"{self.command[0]!r} cannot be started ({error}); expected an interpreter that "
+                "has sglang"
+            ) from error
+
+    def _end(self, *, keep_log: bool) -> None:
+        started, ran = self._started, self.alive
+        self._started = False
         if self._process is not None:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._stop_timeout)
         self._clean_up()
+        if not started or keep_log:
+            return
+        if ran:
+            self._remove_own_log()
+        elif not self._told:
+            warnings.warn(
+                f"the server {self.pid} had ended before it was stopped; its log is {self.log}",
+                stacklevel=3,
+            )
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
+    def _remove_own_log(self) -> None:
+        if self._own_log:
+            shutil.rmtree(self.log.parent, ignore_errors=True)
 
     def _clean_up(self) -> None:
         """Make sure that nothing is left of the group, then that nobody watches it."""
@@ -275,22 +318,18 @@ class SGLangServer:
                 time.sleep(POLL_SECONDS)
 
 
-def _free_port(host: str) -> int:
+def _bind(host: str, port: int) -> int:
+    """Try whether a server can listen there; the port, a free one for 0."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _check_port_is_free(url: str) -> None:
-    """A server of someone else would answer in the place of ours."""
-    host, port = url.removeprefix("http://").rsplit(":", 1)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if port:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, int(port)))
-        except OSError as error:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
             raise SettingError(
-                f"port {port} of {host} cannot be used ({error}); another server may run there; "
-                "choose another, or leave port= out"
+                f"no server can listen at {host}, port {port or 'any'} ({error}); expected an IPv4 "
+                "address or a name of this machine as host=, and a port that nothing else uses; "
+                "leave port= out for a free one"
             ) from error
+        found: int = probe.getsockname()[1]
+        return found

@@ -62,6 +62,7 @@ class SGLangEngine:
             only negative ids are refused.
         pause_mode: what `pause` does with running requests: "in_place" keeps their caches,
             "retract" computes them anew after `resume`, "abort" ends them. May be set any time.
+            `SGLangSyncer(pause=None)` pushes in a pause "abort", from SGLang 0.5.21 on "retract".
         api_key: what the servers were started with.
         admin_api_key: likewise; for aborting and pausing.
         max_in_flight: most requests that are sent at once; others wait here. By default 4096, or

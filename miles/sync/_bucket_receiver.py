@@ -18,7 +18,7 @@ from miles.sync._bucket_plan import Layout, runs, unpack
 from miles.sync._bucket_sender import HALVES, slot_bytes
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory, Region
-from miles.sync._plan import check_version
+from miles.sync._plan import check_commit, check_version
 from miles.sync._session import Listener, describe, receive, send, specs_of
 
 __all__ = ["BucketReceiver"]
@@ -100,7 +100,7 @@ class BucketReceiver(Listener):
                     reply = self._commit(arriving, message["commit"], message["buckets"])
             except Exception as error:  # whatever it was, the sender has to hear of it
                 kind = "" if isinstance(error, SyncError) else f"{type(error).__name__}: "
-                reply = {"error": f"{kind}{error}"}
+                reply = {"error": f"{kind}{error}", "serves": self._target.weight_version}
             send(connection, reply, [] if region is None else region.fds)
 
     def _free(self, nbytes: int) -> tuple[int, Region]:
@@ -123,6 +123,7 @@ class BucketReceiver(Listener):
         if version != arriving.version:
             raise SyncError(f"version {version} ends here; expected {arriving.version}")
         views = arriving.checked(buckets)
+        check_commit(version, self._target.weight_version)
         loaded = time.perf_counter()
         self._idle = None
         with self._memory.serving():

@@ -28,6 +28,7 @@ from miles.sync._buckets import check_bucket_bytes, whole
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory
 from miles.sync._plan import at_once, check_version, pair
+from miles.sync._progress import bar
 from miles.sync._session import Sender, Session, answer, send, specs_of
 from miles.sync._sources import Collection
 
@@ -48,11 +49,17 @@ class BucketSender(Sender):
     """See `miles.sync.cuda_ipc.CudaIpcSyncer`, which is one on a GPU."""
 
     def __init__(
-        self, address: Any, *, memory: Memory, bucket_bytes: int = 1 << 28, timeout: float = 120.0
+        self,
+        address: Any,
+        *,
+        memory: Memory,
+        bucket_bytes: int = 1 << 28,
+        timeout: float = 120.0,
+        progress: bool = False,
     ) -> None:
         check_bucket_bytes(bucket_bytes)
         super().__init__(address, timeout=timeout)
-        self._memory, self._bucket_bytes = memory, bucket_bytes
+        self._memory, self._bucket_bytes, self._progress = memory, bucket_bytes, progress
 
     def push(self, weights: Weights, *, version: int) -> SyncReport:
         """See `Sender.push`."""
@@ -64,14 +71,19 @@ class BucketSender(Sender):
             raise
 
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
-        return _BucketSession(connection, hello, self._memory, self._bucket_bytes)
+        return _BucketSession(connection, hello, self._memory, self._bucket_bytes, self._progress)
 
 
 class _BucketSession:
     """One connection, and the slab or the receiver's staging memory."""
 
     def __init__(
-        self, connection: socket.socket, hello: dict[str, Any], memory: Memory, bucket_bytes: int
+        self,
+        connection: socket.socket,
+        hello: dict[str, Any],
+        memory: Memory,
+        bucket_bytes: int,
+        progress: bool,
     ) -> None:
         if hello.get("carrier") != memory.carrier:
             raise SyncError(
@@ -79,6 +91,7 @@ class _BucketSession:
                 f"{memory.carrier}: use the syncer and the receiver of one carrier"
             )
         self._socket, self._memory, self._bucket_bytes = connection, memory, bucket_bytes
+        self._progress = progress
         self._version: int = hello["version"]
         self._layout = Layout(specs_of(hello))
         self._num_bytes = sum(self._layout.sizes)
@@ -103,12 +116,13 @@ class _BucketSession:
                 copied_bytes=0,
                 seconds=time.perf_counter() - start,
             )
-        buckets = _Buckets(self, version)
-        if at_once(weights):
-            self._write_all(weights, buckets)
-        else:
-            self._write_one_by_one(weights, buckets)
-        buckets.close()
+        with bar(self._progress, self._num_bytes, version) as moved:
+            buckets = _Buckets(self, version, moved)
+            if at_once(weights):
+                self._write_all(weights, buckets)
+            else:
+                self._write_one_by_one(weights, buckets)
+            buckets.close()
         packed = time.perf_counter()
         send(self._socket, {"commit": version, "buckets": buckets.number})
         reply = self._reply(version)
@@ -150,6 +164,7 @@ class _BucketSession:
             taken = sources.of(share, out.device)
             _copies.copy(taken, share.dtypes, pieces, out, sums, version=buckets.version)
             buckets.written(share.packed)
+            buckets.moved(sum(nbytes for _, _, nbytes in share.pieces))
 
     def _write_one_by_one(self, weights: Weights, buckets: _Buckets) -> None:
         """Tensors that may be gone when the next is asked for."""
@@ -158,6 +173,7 @@ class _BucketSession:
             tensor = whole(shard, self._layout.specs[name][1])
             self._memory.check(name, tensor)
             stream.add(self._layout.number[name], tensor)
+            buckets.moved(self._layout.sizes[self._layout.number[name]])
         stream.flush()
 
     def _begin(self, version: int) -> bool:
@@ -178,7 +194,7 @@ class _BucketSession:
         reply, _ = answer(self._socket)
         if "error" in reply:
             raise SyncError(
-                f"version {version} was not taken, {self._version} is still served: "
+                f"version {version} was not taken, {reply['serves']} is still served: "
                 f"{reply['error']}"
             )
         return reply
@@ -187,8 +203,10 @@ class _BucketSession:
 class _Buckets:
     """The buckets of a version: where each is written, and when the receiver hears of it."""
 
-    def __init__(self, session: _BucketSession, version: int) -> None:
-        self._session, self.version = session, version
+    def __init__(
+        self, session: _BucketSession, version: int, moved: Callable[[int], object]
+    ) -> None:
+        self._session, self.version, self.moved = session, version, moved
         self._direct = session._slab is None
         self._queued: deque[tuple[dict[str, Any], Callable[[], None]]] = deque()
         self._taken = 0

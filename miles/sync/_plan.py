@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from miles.errors import SyncError
+from miles.errors import SettingError, SyncError
 
-__all__ = ["at_once", "check_version", "match", "memory_of", "pair"]
+__all__ = [
+    "as_version", "at_once", "check_commit", "check_filled", "check_version", "match", "memory_of",
+    "pair",
+]  # fmt: skip
+
+
+def as_version(version: int, expected: str = "an integer") -> int:
+    """What a caller gave, as Python's int; numpy's integers are taken too.
+
+    Raises:
+        SettingError: it is none.
+    """
+    try:
+        if isinstance(version, bool):
+            raise TypeError("a bool")
+        return operator.index(version)
+    except TypeError as error:
+        raise SettingError(f"version is {version!r}; expected {expected}") from error
 
 
 def check_version(version: int, served: int) -> bool:
@@ -21,6 +39,23 @@ def check_version(version: int, served: int) -> bool:
             "number (after going back to an older checkpoint, restart the engine or count on)"
         )
     return version > served
+
+
+def check_commit(version: int, served: int) -> None:
+    """Raise where the engine got this version, or a later one, while it was on its way."""
+    if not check_version(version, served):
+        raise SyncError(
+            f"the engine got version {version} from another trainer meanwhile; expected one trainer"
+        )
+
+
+def check_filled(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor without values."""
+    if tensor.is_meta:
+        raise SyncError(
+            f"{name} is on the meta device, where tensors have no values; expected one that has: "
+            "initialise or load the model before it is pushed"
+        )
 
 
 def match(weights: Iterable[tuple[str, Tensor]], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,6 +102,7 @@ def pair(
                 raise SyncError(
                     f"{name} has shape {tuple(tensor.shape)}; the engine expects {shape}"
                 )
+            check_filled(name, tensor)
             taken.add(_elements(tensor))
             yield name, tensor.detach()
         else:

@@ -11,12 +11,12 @@ __all__ = ["bar"]
 
 
 @contextlib.contextmanager
-def bar(show: bool, num_bytes: int, version: int) -> Iterator[Callable[[int], object]]:
+def bar(show: bool, num_bytes: int | None, version: int) -> Iterator[Callable[[int], object]]:
     """A function to call with bytes as they move.
 
     Args:
         show: False does nothing.
-        num_bytes: how many there will be.
+        num_bytes: how many there will be, if that is known.
         version: what is on its way.
 
     Raises:

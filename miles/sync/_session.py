@@ -25,6 +25,8 @@ from torch import Tensor
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport, WeightTarget
+from miles.sync._plan import as_version
+from miles.sync._trainers import is_of_the_wire, lost
 
 __all__ = [
     "Listener",
@@ -80,11 +82,13 @@ class Sender(ABC):
         """See `WeightSyncer.push`.
 
         Raises:
+            SettingError: `version` is no integer.
             SyncError: names what went wrong, at which tensor; the engine serves what it served
                 before, or is gone, and the same push can be made again. (If only the answer was
                 late, the engine may already serve the new version; pushing again settles it.)
         """
         start = time.perf_counter()
+        version = as_version(version)
         try:
             if self._session is None:
                 self._session = self._connect()
@@ -99,6 +103,10 @@ class Sender(ABC):
                 f"({type(error).__name__}: {error}); expected a {self.receiver} there; start "
                 "the engine (again) and push again"
             ) from error
+        except RuntimeError as error:
+            if is_of_the_wire(error):
+                raise lost(error) from error
+            raise
 
     def close(self) -> None:
         """Let go of the connection and the buffers."""
@@ -146,14 +154,17 @@ class Listener(ABC):
         os.chmod(address, 0o600)
         self._listener.listen(8)
         self._current: tuple[socket.socket, int, threading.Thread] | None = None
+        self._closed = False
         threading.Thread(target=self._accept, name="weight-receiver", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more; what was committed stays."""
+        """Listen no more, and hang up; what was committed stays, and a commit under way ends."""
+        self._closed = True
         with contextlib.suppress(OSError):  # ends the accept under way
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._address.unlink(missing_ok=True)
+        self._hang_up()
 
     @abstractmethod
     def _serve_one(self, connection: socket.socket) -> None:
@@ -181,7 +192,14 @@ class Listener(ABC):
                 target=self._serve, args=(connection,), name="weight-session", daemon=True
             )
             self._current = connection, peer_pid(connection), worker
+            if self._closed:  # while this one came
+                self._hang_up()
             worker.start()
+
+    def _hang_up(self) -> None:
+        if self._current is not None:
+            with contextlib.suppress(OSError):  # the sender did already
+                self._current[0].shutdown(socket.SHUT_RDWR)
 
     def _refuse(self, connection: socket.socket, pid: int) -> None:
         text = (

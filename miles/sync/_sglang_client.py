@@ -7,7 +7,7 @@ from typing import Any
 
 from miles.errors import MissingExtraError, SettingError, SyncError
 
-__all__ = ["Client", "KNOWN_VERSIONS", "MIXED"]
+__all__ = ["ClashError", "Client", "KNOWN_VERSIONS", "LateError", "MIXED"]
 
 KNOWN_VERSIONS = ("0.5.17", "0.5.18", "0.5.19", "0.5.21", "0.5.22", "0.5.23")
 SESSIONS_SINCE = 21
@@ -22,6 +22,14 @@ READING = {
 }  # fmt: skip
 """Models of SGLang whose loaders were seen to only read what they are given. Gemma's adds 1 to it,
 and gpt-oss's sets some of it to 0 (0.5.17)."""
+
+
+class ClashError(SyncError):
+    """Somebody else gave a server weights during a push."""
+
+
+class LateError(SyncError):
+    """A server did not answer in time."""
 
 
 class Client:
@@ -61,8 +69,12 @@ class Client:
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
         self._told: str | None = None  # the version that it was given last
+        self._given: int | None = None  # likewise, but for `MIXED`
         self._errors = httpx.HTTPError, httpx.InvalidURL
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)))
+        self._no_address = httpx.InvalidURL, httpx.UnsupportedProtocol
+        self._late = httpx.TimeoutException
+        limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+        self._http = httpx.Client(timeout=limits, trust_env=False)  # no proxy
 
     def close(self) -> None:
         """Close the connections."""
@@ -75,7 +87,9 @@ class Client:
         not what the server was given last, as after a restart.
 
         Raises:
-            SyncError: no server, one that is not known, or weights whose version is no number.
+            SyncError: no server, one that is not known, weights whose version is no number, or is
+                above the one that this trainer gave last, and so another trainer's.
+            SettingError: the address is none.
         """
         known = self._told
         if known is None:
@@ -83,21 +97,41 @@ class Client:
         model = self._get("/model_info")
         said = model.get("weight_version")
         made = model.get("architectures") or ["unknown"]
-        self.only_reads = isinstance(made, list) and READING.issuperset(made)
+        if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
+            raise self._nonsense("/model_info", f"architectures {made!r:.100}")
+        self.only_reads = READING.issuperset(made)
         if known is not None and said != known:
             self._learn(self._get("/server_info"))
         if said in (None, "default"):
             return 0
         try:
-            return int(said)
-        except (TypeError, ValueError) as error:
+            version = int(said)
+        except (TypeError, ValueError, OverflowError) as error:
             raise SyncError(
                 f"{self.url} says that its weight version is {said!r}; expected an integer: start "
                 "it with --weight-version 0, or send one to /update_weight_version"
             ) from error
+        if self._given is not None and version > self._given:
+            raise SyncError(
+                f"{self.url} has weights of version {version}; expected {self._given}, the last "
+                "that this trainer gave it, so another one pushes to it: end one of them, and make "
+                "a new syncer where pushes are to go on"
+            )
+        return version
+
+    def check_mark(self) -> None:
+        """Raise `ClashError` where the weights got a version since `say(MIXED)`."""
+        said = self._get("/model_info").get("weight_version")
+        if said != str(MIXED):
+            raise ClashError(
+                f"{self.url} went to version {said!r} in the middle of this push; expected {MIXED} "
+                "until its end: another trainer pushes to it, or it was started again"
+            )
 
     def say(self, version: int) -> None:
         """Give the weights a version."""
+        if version != MIXED:
+            self._given = version  # before: the answer may be lost
         # By default this call aborts every request.
         body = {"new_version": str(version), "abort_all_requests": False}
         self.post("/update_weight_version", body)
@@ -135,10 +169,14 @@ class Client:
         self.sessions = int(release.split(".")[2]) >= SESSIONS_SINCE
         self.weight_cache = info.get("weight_cache_mode") not in (None, "off")
         self.draft = info.get("speculative_algorithm") not in (None, "NGRAM")
-        self.tp_size = int(info.get("tp_size") or 1)
-        if int(info.get("dp_size") or 1) > 1 and not info.get("enable_dp_attention"):
+        sizes = {key: info.get(key) or 1 for key in ("tp_size", "dp_size")}
+        for key, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise self._nonsense("/server_info", f"{key}={size!r:.100}")
+        self.tp_size = sizes["tp_size"]
+        if sizes["dp_size"] > 1 and not info.get("enable_dp_attention"):
             raise SyncError(
-                f"{self.url} has dp_size={info['dp_size']}, which SGLang cannot update; expected "
+                f"{self.url} has dp_size={sizes['dp_size']}, which SGLang cannot update; expected "
                 "1: start one server for each replica and give their urls"
             )
 
@@ -155,8 +193,13 @@ class Client:
             answer = self._http.request(
                 method, self.url + path, json=body, params=query, headers=headers
             )
+        except self._no_address as error:
+            raise SettingError(
+                f"{self.url!r} is not an address ({error}); expected one like http://host:30000"
+            ) from error
         except self._errors as error:
-            raise SyncError(
+            kind = LateError if isinstance(error, self._late) else SyncError
+            raise kind(
                 f"no answer of {self.url}{path} ({type(error).__name__}: {error}); expected an "
                 "SGLang server there: look at its log, start it again if it is gone"
             ) from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +18,123 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from miles.errors import SyncError
+from miles.sync._sglang_client import Client
+from miles.sync._sglang_payload import FlatBucket
+from miles.sync._sglang_push import ended, on_all
 
-__all__ = ["LEAVE_SECONDS", "Group", "join"]
+__all__ = ["Broadcasts", "Group", "join"]
 
 LEAVE_SECONDS = 20.0
 """How long the end of a group may take."""
+
+
+class Broadcasts:
+    """`via="distributed"`: buckets by broadcast, in a group with all servers while there is one.
+
+    Args:
+        clients: the servers.
+        pool: for calls.
+        master: this host's address as servers reach it, and a free port.
+        backend: "nccl", or "gloo" on the CPU.
+        timeout: seconds to wait for servers.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        pool: Executor,
+        *,
+        master: tuple[str, int],
+        backend: str,
+        timeout: float,
+    ) -> None:
+        self._clients, self._pool, self._master = clients, pool, master
+        self._backend, self._timeout = backend, timeout
+        self._group: Group | None = None
+
+    def join(self) -> None:
+        """Make the group, unless there is one; servers join when they are called.
+
+        Raises:
+            SyncError: a server did not join.
+        """
+        if self._group is not None:
+            return
+        address, port = self._master
+        size = 1 + sum(client.tp_size for client in self._clients)
+        calls, offset = [], 1
+        # A server may have one that a trainer before us left behind, and waits if told to end it.
+        name = f"miles_weights_{uuid.uuid4().hex}"
+        for client in self._clients:
+            body = {
+                "master_address": address, "master_port": port, "rank_offset": offset,
+                "world_size": size, "group_name": name, "backend": self._backend,
+            }  # fmt: skip
+            calls.append(self._pool.submit(client.post, "/init_weights_update_group", body))
+            offset += client.tp_size
+        try:
+            self._group = Group(
+                address, port, size=size, name=name, backend=self._backend, timeout=self._timeout
+            )
+        except (RuntimeError, ValueError) as error:
+            failed = [call.exception() for call in calls if call.done() and call.exception()]
+            reason = failed[0] if failed else str(error).splitlines()[0]
+            raise SyncError(
+                f"no process group with the servers at {address}:{port}: {reason}; expected a "
+                "free port of this host, and an address by which servers reach it"
+            ) from error
+        try:
+            ended(calls, None)
+        except SyncError:
+            self.leave(by_force=True)
+            raise
+
+    def start(
+        self, bucket: FlatBucket, to: Sequence[Client], choice: Callable[[Client], dict[str, Any]]
+    ) -> Callable[[], None]:
+        """Start to send a bucket; what ends it.
+
+        Args:
+            bucket: without gaps.
+            to: all servers.
+            choice: what else the call to a server says.
+        """
+        assert self._group is not None
+        body: dict[str, Any] = {
+            "names": [weight.name for weight in bucket.metadata],
+            "dtypes": [str(weight.dtype).removeprefix("torch.") for weight in bucket.metadata],
+            "shapes": [list(weight.shape) for weight in bucket.metadata],
+            "group_name": self._group.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        path = "/update_weights_from_distributed"
+        calls = [self._pool.submit(client.post, path, body | choice(client)) for client in to]
+        group, work = self._group, self._group.broadcast(bucket.flat)
+
+        def finish() -> None:
+            group.finish(work, calls)
+            ended(calls, bucket)
+
+        return finish
+
+    def leave(self, *, by_force: bool = False) -> None:
+        """Out of the group with all servers, since NCCL's end waits for all ranks, or by force."""
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        try:  # one that is gone would leave the others waiting
+            by_force = by_force or not on_all(self._pool, Client.weight_version, self._clients)
+        except SyncError:
+            by_force = True
+        calls = []
+        if by_force:
+            group.abandon()
+        else:
+            path, body = "/destroy_weights_update_group", {"group_name": group.name}
+            calls = [self._pool.submit(client.post, path, body) for client in self._clients]
+        group.close()
+        wait(calls, LEAVE_SECONDS)
 
 
 class Group:

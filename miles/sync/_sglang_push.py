@@ -8,20 +8,28 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from miles.errors import SyncError
 from miles.sync._buckets import whole
-from miles.sync._sglang_client import Client
+from miles.sync._plan import check_filled
+from miles.sync._sglang_client import Client, LateError
 from miles.sync._sglang_payload import FlatBucket, InPlace, flat_buckets
+from miles.sync._steps import is_disk_full
 
-__all__ = ["Queue", "Sent", "check_able", "ended", "noted", "write_folder"]
+__all__ = [
+    "Model", "Queue", "Sent", "check_able", "ended", "load_folder", "noted", "on_all", "stop",
+    "write_folder",
+]  # fmt: skip
 
+T = TypeVar("T")
+FLUSH_SECONDS = 30.0
+"""How long aborted requests may take to leave a server."""
 ROWS = 4
 """First rows of a weight that are compared with what a server says that it holds."""
 
@@ -73,8 +81,11 @@ class Sent:
         self.waited = 0.0
         self.phases: dict[str, float] = {}
         self.rows: dict[str, Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.moved: Callable[[int], object] = lambda nbytes: None
+        """Called with the bytes of each weight, for a bar."""
 
-    def wait(self, finish: Callable[[], None]) -> None:
+    def wait(self, finish: Callable[[], object]) -> None:
         """Wait for what is under way, and note how long."""
         start = time.perf_counter()
         finish()
@@ -100,6 +111,46 @@ class Sent:
                 raise SyncError(f"{client.url} holds other values of {name} than were sent")
 
 
+class Model:
+    """Names and shapes of a syncer's first push, which all others have to have.
+
+    Servers skip a name that they do not know, and keep what they had of one that does not come,
+    without a word.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, torch.Size] = {}
+        self.nbytes: int | None = None
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raise `SyncError` for another name or shape."""
+        if not self._shapes or self._shapes.get(name) == shape:
+            return
+        if name not in self._shapes:
+            raise SyncError(f"{name} is unknown; {self._expected}")
+        raise SyncError(
+            f"{name} has shape {tuple(shape)}, and had {tuple(self._shapes[name])}; "
+            f"{self._expected}"
+        )
+
+    def check_end(self, names: Iterable[str]) -> None:
+        """Raise `SyncError` where these are not all."""
+        if missing := sorted(self._shapes.keys() - set(names)):
+            raise SyncError(f"missing weights {missing[:8]}; {self._expected}")
+
+    def note(self, sent: Sent) -> None:
+        """A whole push that went through."""
+        if not self._shapes:
+            self._shapes, self.nbytes = sent.shapes, sent.bytes
+
+    @property
+    def _expected(self) -> str:
+        return (
+            f"expected the {len(self._shapes)} names and shapes of this syncer's first push; make "
+            "a new syncer for another model"
+        )
+
+
 def check_able(
     clients: Sequence[Client], *, via: str, selector: str | None, pause: str | None
 ) -> None:
@@ -117,24 +168,74 @@ def check_able(
                 "the policy's files as well; expected via='cuda_ipc', 'value' or 'distributed' "
                 "with selector='target'"
             )
-        if not client.sessions and (selector == "draft" or pause == "retract"):
+        if selector == "draft" and not client.draft:
             raise SyncError(
-                f"{client.url} is older than 0.5.21, which cannot update a draft model alone "
-                "nor forget cached prefixes of retracted requests; expected selector other "
-                "than 'draft', and pause='abort'"
+                f"{client.url} has no draft model; expected a server that was started with "
+                "--speculative-algorithm and --speculative-draft-model-path"
+            )
+        if selector == "draft" and not client.sessions:
+            raise SyncError(
+                f"{client.url} is older than 0.5.21, which cannot update a draft model alone; "
+                "write the draft with export_draft, and start the server again with it"
+            )
+        if pause == "retract" and not client.sessions:
+            raise SyncError(
+                f"{client.url} is older than 0.5.21, which cannot forget cached prefixes of "
+                "retracted requests; expected pause='abort'"
             )
 
 
+def stop(client: Client, pause: str | None) -> None:
+    """Pause a server, unless it was, and empty it of cached prefixes.
+
+    As good as after the update, since it is paused; one that cannot be emptied has not been touched
+    yet. (The update's own flush_cache would kill it.)
+    """
+    try:
+        if pause is not None:
+            client.post("/pause_generation", {"mode": pause})
+    except LateError as error:
+        raise SyncError(f"{error}. {_IN_PLACE}") from error
+    try:
+        client.post("/flush_cache", timeout=FLUSH_SECONDS)
+    except SyncError as error:
+        if pause is not None or isinstance(error, LateError):
+            raise
+        raise SyncError(f"{error}. {_IN_PLACE}") from error
+
+
+_IN_PLACE = (
+    "Requests that were paused in place never end: if there are such, let them go on first "
+    "(/continue_generation, an engine's resume()), or pause them with 'abort' or 'retract'"
+)
+
+
+def on_all(pool: Executor, call: Callable[[Client], T], clients: Iterable[Client]) -> list[T]:
+    """Call all at once; every call ends before the first error is raised."""
+    futures = [pool.submit(call, client) for client in clients]
+    wait(futures)
+    return [future.result() for future in futures]
+
+
 def noted(
-    weights: Iterable[tuple[str, Tensor]], sent: Sent, verify: Sequence[str]
+    weights: Iterable[tuple[str, Tensor]], sent: Sent, verify: Sequence[str], model: Model
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass weights through, counted; of those to verify, keep the first rows."""
+    """Pass weights through, counted; of those to verify, keep the first rows.
+
+    Raises:
+        SyncError: they are not the model's, have no values, or lack one that `verify` names.
+    """
     for name, tensor in weights:
+        sent.shapes[name] = shape = tensor.shape
+        model.check(name, shape)
+        check_filled(name, tensor)
         sent.tensors += 1
         sent.bytes += tensor.nbytes
+        sent.moved(tensor.nbytes)
         if name in verify:
             sent.rows[name] = whole(tensor.detach())[:ROWS].float().cpu()
         yield name, tensor
+    model.check_end(sent.shapes)
     if missing := set(verify) - sent.rows.keys():
         raise SyncError(f"verify names {sorted(missing)}, which were not among the weights")
 
@@ -152,27 +253,49 @@ def ended(calls: list[Future[Any]], bucket: FlatBucket | InPlace | None) -> None
 
 
 def write_folder(weights: Iterable[tuple[str, Tensor]], path: Path, bucket_bytes: int) -> int:
-    """A folder of safetensors, there as a whole or not at all; returns the number of files."""
+    """A folder of safetensors, there as a whole or not at all; returns the number of files.
+
+    Raises:
+        SyncError: no weights were given, or the disk does not take them.
+    """
     from safetensors.torch import save_file
 
     part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     places: dict[str, str] = {}
     number = 0
-    for bucket in flat_buckets(weights, bucket_bytes=bucket_bytes, device="cpu"):
-        number += 1
-        file = f"model-{number:05}.safetensors"
-        tensors = {
-            w.name: bucket.flat[w.start_idx : w.end_idx].view(w.dtype).view(w.shape)
-            for w in bucket.metadata
-        }
-        save_file(tensors, part / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-    if not number:
-        raise SyncError("no weights were given; expected those of the whole model")
-    index = {"metadata": {}, "weight_map": places}
-    (part / "model.safetensors.index.json").write_text(json.dumps(index))
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for bucket in flat_buckets(weights, bucket_bytes=bucket_bytes, device="cpu"):
+            number += 1
+            file = f"model-{number:05}.safetensors"
+            tensors = {
+                w.name: bucket.flat[w.start_idx : w.end_idx].view(w.dtype).view(w.shape)
+                for w in bucket.metadata
+            }
+            save_file(tensors, part / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+        if not number:
+            raise SyncError("no weights were given; expected those of the whole model")
+        index = {"metadata": {}, "weight_map": places}
+        (part / "model.safetensors.index.json").write_text(json.dumps(index))
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) or is_disk_full(error):
+            raise SyncError(
+                f"{path} could not be written ({error}), and what there was of it is removed; make "
+                "room, or take a folder that this process may write to"
+            ) from error
+        raise
     return number
+
+
+def load_folder(client: Client, path: Path) -> None:
+    """Have a server load a folder."""
+    # Without a format the server takes the one that it was started with, such as "dummy".
+    body = {
+        "model_path": str(path.absolute()), "load_format": "safetensors", "flush_cache": False,
+    }  # fmt: skip
+    client.post("/update_weights_from_disk", body)

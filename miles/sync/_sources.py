@@ -12,7 +12,7 @@ from miles.errors import SyncError
 from miles.sync import _copies
 from miles.sync._bucket_plan import Layout, Share, shares
 from miles.sync._buckets import whole
-from miles.sync._plan import pair
+from miles.sync._plan import check_filled, pair
 
 __all__ = ["Collection", "Sources", "made"]
 
@@ -91,6 +91,7 @@ class Sources:
                 tensor, dtype, device
             ):
                 if self._last is None or self._last[0] != at:  # it may be in several buckets
+                    check_filled(name, tensor)
                     full = whole(tensor, dtype)
                     self._check(name, full)
                     self._last = at, made(full, dtype, device)

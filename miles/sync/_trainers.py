@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miles.errors import SyncError
 
-__all__ = ["Trainers"]
+__all__ = ["Trainers", "is_of_the_wire", "lost"]
 
 
 class Trainers:
@@ -46,11 +46,11 @@ class Trainers:
                 result = self._share(result, self._group)
             except RuntimeError as error:
                 failure = failure or error
-                if failure is error or _is_of_the_wire(failure):
-                    raise _lost(failure) from failure
+                if failure is error or is_of_the_wire(failure):
+                    raise lost(failure) from failure
         if failure is not None:
-            if self._group is not None and _is_of_the_wire(failure):
-                raise _lost(failure) from failure
+            if self._group is not None and is_of_the_wire(failure):
+                raise lost(failure) from failure
             raise failure
         if "error" in result:
             raise SyncError(f"rank 0 of the trainers failed: {result['error']}")
@@ -67,11 +67,11 @@ class Trainers:
         try:
             return self._gather(text.encode(), self._group)
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     def told(self, error: BaseException) -> BaseException:
         """The error, or what it means if a collective of the trainers failed."""
-        return error if self.alone or not _is_of_the_wire(error) else _lost(error)
+        return error if self.alone or not is_of_the_wire(error) else lost(error)
 
     def _gather(self, body: bytes, group: dist.ProcessGroup) -> list[str]:
         device = _device_of(group)
@@ -104,14 +104,14 @@ def _device_of(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
 
 
-def _is_of_the_wire(error: BaseException) -> bool:
+def is_of_the_wire(error: BaseException) -> bool:
     """Whether a collective failed; gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and "gloo" in str(error)
     )
 
 
-def _lost(error: BaseException) -> SyncError:
+def lost(error: BaseException) -> SyncError:
     """What a rank raises that waited for another in vain."""
     return SyncError(
         "another rank of the trainers failed, or the group timed out; expected all of them to hand "

@@ -36,7 +36,7 @@ from miles.sync._checksum import BLOCK
 from miles.sync._collective import Sender
 from miles.sync._inbox import Inbox
 from miles.sync._link import Link, PeerLostError
-from miles.sync._plan import at_once
+from miles.sync._plan import as_version, at_once
 from miles.sync._progress import bar
 from miles.sync._session import Specs, describe, specs_of
 from miles.sync._trainers import Trainers
@@ -105,11 +105,13 @@ class CollectiveSyncer:
         """See `WeightSyncer.push`; every rank of the trainer calls it with the same names.
 
         Raises:
+            SettingError: `version` is no integer.
             SyncError: names what went wrong, at which rank, bucket and tensor. All engines serve
                 what they served before, unless the text says that some have committed; pushing
                 the version again settles that.
         """
         start = time.perf_counter()
+        version = as_version(version)
         plan = self._trainers.agree(lambda: self._sender and self._sender.open(version))
         outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
         if not plan["skip"]:

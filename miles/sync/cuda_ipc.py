@@ -33,13 +33,15 @@ class CudaIpcSyncer(BucketSender):
 
     Tensors are cast to the engine's dtypes while they are copied, on the current stream, small ones
     together where `weights` is a collection (`state_dict().items()`, say), one by one where it is a
-    generator, whose tensors may be gone when the next is asked for.
+    generator, whose tensors may be gone when the next is asked for. Sharded ones are gathered one
+    at a time; every rank that shares them pushes at the same time, to an engine of its own.
 
     Args:
         address: path of the receiver's socket, in a directory of yours (mode 0700).
         bucket_bytes: most bytes of a bucket, a multiple of 4096. With a receiver that is not
             `direct`, two of them are allocated.
         timeout: seconds to wait for an answer.
+        progress: a bar (of tqdm) when a push takes longer than a second.
 
     Raises:
         SyncError: there is no CUDA device.
@@ -48,10 +50,20 @@ class CudaIpcSyncer(BucketSender):
     receiver = "CudaIpcReceiver"
 
     def __init__(
-        self, address: str | Path, *, bucket_bytes: int = 1 << 28, timeout: float = 120.0
+        self,
+        address: str | Path,
+        *,
+        bucket_bytes: int = 1 << 28,
+        timeout: float = 120.0,
+        progress: bool = False,
     ) -> None:
-        memory = CudaMemory(_current_device(), own_stream=False)
-        super().__init__(address, memory=memory, bucket_bytes=bucket_bytes, timeout=timeout)
+        super().__init__(
+            address,
+            memory=CudaMemory(_current_device(), own_stream=False),
+            bucket_bytes=bucket_bytes,
+            timeout=timeout,
+            progress=progress,
+        )
 
 
 class CudaIpcReceiver(BucketReceiver):

@@ -22,13 +22,15 @@ from miles.protocols import SyncReport
 from miles.sync._buckets import gathered, whole
 from miles.sync._checksum import checksum
 from miles.sync._disk_receiver import DiskReceiver
-from miles.sync._plan import check_version, memory_of
+from miles.sync._plan import as_version, check_filled, check_version, memory_of
 from miles.sync._progress import bar
 from miles.sync._steps import Manifest, Steps, Writer, is_disk_full
 from miles.sync._trainers import Trainers
 from miles.sync.delta import DeltaReport, encode_delta
 
 __all__ = ["DiskReceiver", "DiskSyncer"]
+
+_EXPECTED = "an integer of 1 or more, since engines start at 0 and folders are named after it"
 
 
 class DiskSyncer:
@@ -111,6 +113,7 @@ class DiskSyncer:
                 is missing, unknown or misshapen. What was written of the version is removed.
         """
         start = time.perf_counter()
+        version = as_version(version, _EXPECTED)
         changed = self._trainers.agree(lambda: self._is_new(version))
         outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
         if changed:
@@ -160,11 +163,8 @@ class DiskSyncer:
             return False  # rank 0 decides
         if self._lock is None:
             raise SyncError("this syncer is closed; make a new one")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise SettingError(
-                f"version is {version!r}; expected an integer of 1 or more, since engines start "
-                "at 0 and folders are named after it"
-            )
+        if version < 1:
+            raise SettingError(f"version is {version}; expected {_EXPECTED}")
         versions = self._steps.versions()
         return check_version(version, versions[-1]) if versions else True
 
@@ -185,6 +185,7 @@ class DiskSyncer:
             return
         specs = {}
         for name, tensor in noted():
+            check_filled(name, tensor)
             specs[name] = (tuple(tensor.shape), tensor.dtype)
             yield name, whole(tensor.detach())
         self._specs = specs
@@ -201,7 +202,7 @@ class DiskSyncer:
         try:
             writer = Writer(self._steps, version, self._shard_bytes)
             size = sum(torch.Size(s).numel() * d.itemsize for s, d in self._specs.values())
-            with bar(self._progress, size, version) as moved:
+            with bar(self._progress, size or None, version) as moved:
                 kept = kept if base else {}
                 num_bytes, report = self._add_all(writer, tensors, base, kept, moved)
             written = time.perf_counter()

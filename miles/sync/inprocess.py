@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from miles.protocols import SyncReport, WeightTarget
-from miles.sync._plan import check_version, match
+from miles.sync._plan import as_version, check_version, match
 
 __all__ = ["InProcessSyncer"]
 
@@ -42,6 +42,7 @@ class InProcessSyncer:
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """See `WeightSyncer.push`."""
         start = time.perf_counter()
+        version = as_version(version)
         live = self._target.weight_tensors()
         changed = check_version(version, self._target.weight_version)
         matched = match(weights, live) if changed else {}
@@ -50,14 +51,19 @@ class InProcessSyncer:
             for name, t in live.items()
             if name in matched and t.data_ptr() != matched[name].data_ptr()
         )
+        phases = {}
         if changed:
+            gathered = time.perf_counter()
             self._target.commit_weights(matched, version=version)
+            commit = time.perf_counter() - gathered
+            phases = {"gather": gathered - start, "commit": commit, "pause": commit}
         return SyncReport(
             version=version,
             num_tensors=len(matched),
             num_bytes=sum(live[name].nbytes for name in matched),
             copied_bytes=copied,
             seconds=time.perf_counter() - start,
+            phases=phases,
         )
 
     def close(self) -> None:

@@ -6,9 +6,8 @@ import contextlib
 import itertools
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,12 +18,24 @@ from torch import Tensor
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
 from miles.sync._buckets import whole
-from miles.sync._plan import at_once, check_version
-from miles.sync._sglang_client import MIXED, Client
-from miles.sync._sglang_group import LEAVE_SECONDS, Group
+from miles.sync._plan import as_version, at_once, check_version
+from miles.sync._progress import bar
+from miles.sync._sglang_client import MIXED, ClashError, Client
+from miles.sync._sglang_group import Broadcasts
 from miles.sync._sglang_in_place import PER_CALL, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
-from miles.sync._sglang_push import Queue, Sent, check_able, ended, noted, write_folder
+from miles.sync._sglang_push import (
+    Model,
+    Queue,
+    Sent,
+    check_able,
+    ended,
+    load_folder,
+    noted,
+    on_all,
+    stop,
+    write_folder,
+)
 from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
 from miles.sync._trainers import Trainers
 
@@ -32,8 +43,6 @@ __all__ = ["SGLangSyncer"]
 
 Via = Literal["cuda_ipc", "value", "distributed", "disk"]
 Selector = Literal["target", "draft", "all"]
-FLUSH_SECONDS = 30.0
-"""How long aborted requests may take to leave a server."""
 T = TypeVar("T")
 
 
@@ -45,10 +54,12 @@ class SGLangSyncer:
     version is -1; if it fails, they stay so, the error says so, and the next push, which is always
     a whole one, puts them right. What fails earlier changes nothing.
 
-    Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged.
-    Buckets are filled while servers load those before. `"cuda_ipc"` makes none of weights that lie
-    in allocations of a sixteenth of a bucket or more, such as a Megatron trainer's parameter
-    buffers or what `pack_parameters_` makes: servers read those where they are, in one call.
+    Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged. The
+    names and shapes of a syncer's first push are those of all that follow: servers would skip what
+    they do not know and keep what does not come. Buckets are filled while servers load those
+    before. `"cuda_ipc"` makes none of weights that lie in allocations of a sixteenth of a bucket or
+    more, such as a Megatron trainer's parameter buffers or what `pack_parameters_` makes: servers
+    read those where they are, in one call.
 
     Args:
         urls: addresses of the servers, one for each replica.
@@ -65,8 +76,8 @@ class SGLangSyncer:
         api_key: what the servers were started with (`--api-key`).
         admin_key: likewise (`--admin-api-key`), for control endpoints.
         pause: how servers are paused. `"abort"` ends requests, which callers resume; `"retract"`
-            starts them over on the new weights (0.5.21 and later); None: you have paused them, and
-            will let them go on.
+            starts them over on the new weights (0.5.21 and later); None: you have paused them, not
+            in place while requests ran, which never end then, and will let them go on.
         selector: which model of a server with a draft one. `"draft"` alone needs 0.5.21; its
             versions are counted by this syncer, from 0, and the servers' stay the policy's.
         verify: names of weights whose first rows are read back and compared. Few of SGLang's model
@@ -81,6 +92,7 @@ class SGLangSyncer:
             and rank 0 of it talks to the servers. With `"cuda_ipc"` each gathers weights into
             buckets of its own, and where servers have as many ranks, rank by rank in the order of
             `urls`, each reads those of its own; else all read those of rank 0.
+        progress: a bar (of tqdm, on rank 0 of `trainers`) when a push takes longer than a second.
 
     Example:
         >>> import torch
@@ -109,6 +121,7 @@ class SGLangSyncer:
         timeout: float = 600.0,
         assume_version: str | None = None,
         trainers: dist.ProcessGroup | None = None,
+        progress: bool = False,
     ) -> None:
         if via not in ("cuda_ipc", "value", "distributed", "disk"):
             raise SettingError(f"via is {via!r}; expected cuda_ipc, value, distributed or disk")
@@ -134,25 +147,32 @@ class SGLangSyncer:
         self._via, self._bucket_bytes, self._pause = via, bucket_bytes, pause
         self._selector, self._verify = selector, tuple(verify)
         self._folder = None if folder is None else Path(folder)
-        self._master, self._backend, self._timeout = master, backend, timeout
         # A server's weight version is the policy's, so a draft model has one of its own, kept here.
         self._drafts, self._drafted = selector == "draft", 0
-        self._group: Group | None = None
         self._in_place, self._trainers = in_place, Trainers(trainers)
+        self._model, self._progress = Model(), progress and not self._trainers.rank
         self._memory: Memory = CudaMemory()
         self._slabs = Slabs(bucket_bytes, self._memory, self._trainers)
         self._pool = ThreadPoolExecutor(len(urls) * DEPTH, thread_name_prefix="sglang-sync")
+        self._on_gpu = via == "distributed" and backend == "nccl"
+        self._broadcasts: Broadcasts | None = None
+        if master is not None:
+            self._broadcasts = Broadcasts(
+                self._clients, self._pool, master=master, backend=backend, timeout=timeout
+            )
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """See `WeightSyncer.push`.
 
         Raises:
+            SettingError: `version` is no integer, or a url no address.
             SyncError: what went wrong, at which server; whether it still serves what it did, or
                 holds a part of the new version and is left paused. What goes wrong on rank 0 of
                 `trainers` is raised on all of them; what does on another, there, and on the rest
                 when the group times out.
         """
         start = time.perf_counter()
+        version = as_version(version)
 
         def ask() -> list[int]:
             if self._trainers.rank:
@@ -166,6 +186,7 @@ class SGLangSyncer:
         sent = Sent()
         if behind:
             self._update(weights, behind, version, sent)
+            self._model.note(sent)
         return SyncReport(
             version=version,
             num_tensors=sent.tensors,
@@ -179,7 +200,8 @@ class SGLangSyncer:
     def close(self) -> None:
         """Close connections, leave the process group, and free the buckets."""
         self._slabs.clear()
-        self._leave()
+        if self._broadcasts is not None:
+            self._broadcasts.leave()
         self._pool.shutdown(wait=False)
         for client in self._clients:
             client.close()
@@ -204,22 +226,22 @@ class SGLangSyncer:
         stopped = touched = False
         begun = paused = ready = time.perf_counter()
         prepared: list[Callable[[], None]] = []
+        shown = contextlib.ExitStack()
 
         def begin() -> None:
             nonlocal stopped, touched, paused, ready
+            if self._progress:
+                size = sum(t.nbytes for _, t in weights) if at_once(weights) else self._model.nbytes
+                sent.moved = shown.enter_context(bar(True, size, version))
             # What can go wrong with the weights themselves mostly does so here already.
             prepared.append(self._prepared(weights, to, version, sent))
             if self._trainers.rank:
                 return
             paused = time.perf_counter()
             stopped = True
-            if self._pause is not None:
-                self._on_all(lambda c: c.post("/pause_generation", {"mode": self._pause}), to)
-            # As good as afterwards, since they are paused; one that cannot be emptied has not been
-            # touched yet. (The update's own flush_cache would kill it.)
-            self._on_all(lambda c: c.post("/flush_cache", timeout=FLUSH_SECONDS), to)
-            if self._via == "distributed" and self._group is None:
-                self._join()
+            self._on_all(lambda c: stop(c, self._pause), to)
+            if self._broadcasts is not None:
+                self._broadcasts.join()
             ready = time.perf_counter()
             touched = True
             if not self._drafts:
@@ -232,6 +254,7 @@ class SGLangSyncer:
             self._session("/end_weight_update", to)
             self._on_all(lambda c: sent.compare(c), to)
             if not self._drafts:
+                self._on_all(Client.check_mark, to)
                 self._on_all(lambda c: c.say(version), to)
             self._resume(to)
             self._drafted = version
@@ -254,13 +277,15 @@ class SGLangSyncer:
             if self._trainers.rank:
                 self._slabs.clear()
                 raise told from (None if told is error else error)
-            where = self._after_failure(to, stopped, touched)
+            where = self._after_failure(to, stopped, touched, isinstance(told, ClashError))
             if isinstance(told, SyncError):
                 raise SyncError(f"version {version} was not pushed, {where}. {told}") from error
             error.add_note(f"version {version} was not pushed, {where}")
             raise
+        finally:
+            shown.close()
 
-    def _after_failure(self, to: list[Client], stopped: bool, touched: bool) -> str:
+    def _after_failure(self, to: list[Client], stopped: bool, touched: bool, clash: bool) -> str:
         """Tidy up; what servers hold and do now."""
         self._slabs.clear()  # a server that did not answer in time may read them yet
         if touched:
@@ -271,13 +296,18 @@ class SGLangSyncer:
             else:  # some may have their new version already, and would be left out, and paused
                 with contextlib.suppress(SyncError):
                     self._on_all(lambda c: c.say(MIXED), to)
-            if self._via == "distributed":
-                self._leave(by_force=True)
+            if self._broadcasts is not None:
+                self._broadcasts.leave(by_force=True)
         if stopped and (self._drafts or not touched):
             with contextlib.suppress(SyncError):
                 self._resume(to)
         if not touched:
             return "servers serve what they did"
+        if clash:
+            return (
+                "servers may hold and serve a mixture of two versions; end one of the trainers and "
+                "push again, which is a whole push"
+            )
         if self._drafts:
             return "draft models hold a part of it, and the policy is served as before; push again"
         return (
@@ -301,7 +331,11 @@ class SGLangSyncer:
         self, weights: Iterable[tuple[str, Tensor]], to: list[Client], version: int, sent: Sent
     ) -> Callable[[], None]:
         """All that can be done while servers still serve; what does the rest."""
-        named: Iterable[tuple[str, Tensor]] = noted(weights, sent, self._verify)
+        if at_once(weights):
+            for name, tensor in weights:
+                self._model.check(name, tensor.shape)
+            self._model.check_end(name for name, _ in weights)
+        named: Iterable[tuple[str, Tensor]] = noted(weights, sent, self._verify, self._model)
         if self._via == "disk":
             pairs = ((name, whole(tensor.detach())) for name, tensor in named)
             try:
@@ -324,11 +358,10 @@ class SGLangSyncer:
                 # The first bucket is filled while servers still serve.
                 buckets = itertools.chain([here], list(itertools.islice(buckets, 1)), buckets)
         else:
-            on_gpu = self._via == "distributed" and self._backend == "nccl"
             buckets = flat_buckets(
                 named,
                 bucket_bytes=self._bucket_bytes,
-                device="cuda" if on_gpu else "cpu",
+                device="cuda" if self._on_gpu else "cpu",
                 tight=self._via == "distributed",
             )
         first = next(buckets, None)
@@ -373,8 +406,8 @@ class SGLangSyncer:
         if self._trainers.rank:
             return
         queue.make_room()
-        if isinstance(bucket, FlatBucket) and self._via == "distributed":
-            queue.add(self._broadcast(bucket, to))
+        if isinstance(bucket, FlatBucket) and self._broadcasts is not None:
+            queue.add(self._broadcasts.start(bucket, to, self._choice_of_broadcast))
         else:
             queue.add(self._deliver(bucket, payloads, to))
 
@@ -399,31 +432,6 @@ class SGLangSyncer:
             calls.append(self._pool.submit(client.post, path, body | self._choice(client)))
         return lambda: ended(calls, bucket)
 
-    def _broadcast(self, bucket: FlatBucket, to: list[Client]) -> Callable[[], None]:
-        assert self._group is not None
-        body: dict[str, Any] = {
-            "names": [weight.name for weight in bucket.metadata],
-            "dtypes": [str(weight.dtype).removeprefix("torch.") for weight in bucket.metadata],
-            "shapes": [list(weight.shape) for weight in bucket.metadata],
-            "group_name": self._group.name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        path = "/update_weights_from_distributed"
-        calls = [
-            self._pool.submit(
-                client.post, path, body | (self._choice(client) if client.sessions else {})
-            )
-            for client in to
-        ]
-        group, work = self._group, self._group.broadcast(bucket.flat)
-
-        def finish() -> None:
-            group.finish(work, calls)
-            ended(calls, bucket)
-
-        return finish
-
     def _choice(self, client: Client) -> dict[str, Any]:
         if self._selector is None:
             return {}
@@ -431,69 +439,14 @@ class SGLangSyncer:
             return {"selector": self._selector}
         return {"disable_draft_model": self._selector == "target"}
 
+    def _choice_of_broadcast(self, client: Client) -> dict[str, Any]:
+        return self._choice(client) if client.sessions else {}
+
     def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
-        # Without a format the server takes the one that it was started with, such as "dummy".
-        body = {
-            "model_path": str(path.absolute()), "load_format": "safetensors", "flush_cache": False,
-        }  # fmt: skip
-        calls = [self._pool.submit(c.post, "/update_weights_from_disk", body) for c in to]
-        sent.wait(lambda: ended(calls, None))
+        sent.wait(lambda: self._on_all(partial(load_folder, path=path), to))
         for old in path.parent.glob("version-*"):
             if old != path:
                 shutil.rmtree(old)
 
-    def _join(self) -> None:
-        """Make a process group with all servers, who join when they are called."""
-        assert self._master is not None
-        address, port = self._master
-        size = 1 + sum(client.tp_size for client in self._clients)
-        calls, offset = [], 1
-        # A server may have one that a trainer before us left behind, and waits if told to end it.
-        name = f"miles_weights_{uuid.uuid4().hex}"
-        for client in self._clients:
-            body = {
-                "master_address": address, "master_port": port, "rank_offset": offset,
-                "world_size": size, "group_name": name, "backend": self._backend,
-            }  # fmt: skip
-            calls.append(self._pool.submit(client.post, "/init_weights_update_group", body))
-            offset += client.tp_size
-        try:
-            self._group = Group(
-                address, port, size=size, name=name, backend=self._backend, timeout=self._timeout
-            )
-        except (RuntimeError, ValueError) as error:
-            failed = [call.exception() for call in calls if call.done() and call.exception()]
-            reason = failed[0] if failed else str(error).splitlines()[0]
-            raise SyncError(
-                f"no process group with the servers at {address}:{port}: {reason}; expected a "
-                "free port of this host, and an address by which servers reach it"
-            ) from error
-        try:
-            ended(calls, None)
-        except SyncError:
-            self._leave(by_force=True)
-            raise
-
-    def _leave(self, *, by_force: bool = False) -> None:
-        """Out of the group with all servers, since NCCL's end waits for all ranks, or by force."""
-        if self._group is None:
-            return
-        group, self._group = self._group, None
-        try:  # one that is gone would leave the others waiting
-            by_force = by_force or not self._on_all(Client.weight_version, self._clients)
-        except SyncError:
-            by_force = True
-        calls = []
-        if by_force:
-            group.abandon()
-        else:
-            path, body = "/destroy_weights_update_group", {"group_name": group.name}
-            calls = [self._pool.submit(client.post, path, body) for client in self._clients]
-        group.close()
-        wait(calls, LEAVE_SECONDS)
-
     def _on_all(self, call: Callable[[Client], T], clients: list[Client]) -> list[T]:
-        """Call all at once; every call ends before the first error is raised."""
-        futures = [self._pool.submit(call, client) for client in clients]
-        wait(futures)
-        return [future.result() for future in futures]
+        return on_all(self._pool, call, clients)

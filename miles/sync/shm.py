@@ -14,7 +14,8 @@ from __future__ import annotations
 import bisect
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor
 from miles.errors import SyncError
 from miles.protocols import SyncReport
 from miles.sync._bucket_plan import Layout
+from miles.sync._buckets import whole
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._filler import Filler
 from miles.sync._memory import anonymous_file, map_file
-from miles.sync._plan import check_version, pair
+from miles.sync._plan import check_commit, check_version, pair
+from miles.sync._progress import bar
 from miles.sync._session import (
     Listener,
     Sender,
@@ -47,12 +50,22 @@ _TOLD = 1 << 25
 class SharedMemorySyncer(Sender):
     """The trainer's side; connects when it first pushes, and again after the engine was restarted.
 
+    Sharded tensors are gathered one at a time; every rank that shares them pushes at the same time,
+    to an engine of its own.
+
     Args:
         address: path of the receiver's socket, in a directory of yours (mode 0700).
         timeout: seconds to wait for an answer.
+        progress: a bar (of tqdm) when a push takes longer than a second.
     """
 
     receiver = "SharedMemoryReceiver"
+
+    def __init__(
+        self, address: str | Path, *, timeout: float = 120.0, progress: bool = False
+    ) -> None:
+        super().__init__(address, timeout=timeout)
+        self._progress = progress
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
         """See `Sender.push`."""
@@ -63,7 +76,7 @@ class SharedMemorySyncer(Sender):
             raise
 
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
-        return _Session(connection, hello)
+        return _Session(connection, hello, self._progress)
 
 
 class SharedMemoryReceiver(Listener):
@@ -110,13 +123,17 @@ class SharedMemoryReceiver(Listener):
             if "written" in request:
                 arriving.check(request["written"])
                 continue
-            version = request["commit"]
+            version, start = request["commit"], time.perf_counter()
             try:
                 arriving.finish(version)
+                check_commit(version, self._target.weight_version)
+                loaded = time.perf_counter()
                 self._target.commit_weights(views[buffer], version=version, alias=alias)
-                reply = {"version": version}
+                commit = time.perf_counter() - loaded
+                reply = {"version": version, "seconds": {"load": loaded - start, "commit": commit}}
             except Exception as error:  # whatever it was, the sender has to hear of it
-                reply = {"error": f"{type(error).__name__}: {error}"}
+                served = self._target.weight_version
+                reply = {"error": f"{type(error).__name__}: {error}", "served": served}
             _send(connection, reply)
 
 
@@ -155,8 +172,10 @@ class _RefusedError(SyncError):
 class _Session:
     """One connection and its two buffers."""
 
-    def __init__(self, connection: socket.socket, hello: dict[str, Any]) -> None:
-        self._socket = connection
+    def __init__(
+        self, connection: socket.socket, hello: dict[str, Any], progress: bool = False
+    ) -> None:
+        self._socket, self._progress = connection, progress
         self._version: int = hello["version"]
         self._where = Layout(specs_of(hello))
         fds = [anonymous_file(_size(self._where)) for _ in range(2)]
@@ -166,24 +185,29 @@ class _Session:
         self._next = 0
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int, start: float) -> SyncReport:
-        moved = 0
+        moved, phases = 0, {}
         changed = check_version(version, self._version)
         if changed:
             moved = self._write(weights, version)
+            written = time.perf_counter()
             _send(self._socket, {"commit": version})
             reply, _ = answer(self._socket)
             if "error" in reply:
                 raise _RefusedError(
-                    f"version {version} was not taken, {self._version} is still served: "
+                    f"version {version} was not taken, {reply['served']} is still served: "
                     f"{reply['error']}"
                 )
             self._version, self._next = version, 1 - self._next
+            phases = {"gather": written - start, **reply["seconds"]}
+            phases["send"] = time.perf_counter() - start - sum(phases.values())
+            phases["pause"] = phases["commit"]  # the engine stops for nothing else
         return SyncReport(
             version=version,
             num_tensors=len(self._where.names) if changed else 0,
             num_bytes=moved,
             copied_bytes=moved,
             seconds=time.perf_counter() - start,
+            phases=phases,
         )
 
     def close(self) -> None:
@@ -191,6 +215,12 @@ class _Session:
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> int:
         """Everything into the next buffer, told to the receiver bit by bit; bytes."""
+        with bar(self._progress, sum(self._where.sizes), version) as shown:
+            return self._write_to(weights, version, shown)
+
+    def _write_to(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, shown: Callable[[int], object]
+    ) -> int:
         _send(self._socket, {"begin": version, "buffer": self._next})
         views, where = self._buffers[self._next], self._where
         data, sums = _parts(self._memory[self._next], where)
@@ -199,8 +229,9 @@ class _Session:
         with Filler(data, sums, version=version) as filler:
             for name, tensor in pair(weights, where.specs):
                 first = where.offsets[where.number[name]] // BLOCK
-                filler.write(views[name], tensor, first)
+                filler.write(views[name], whole(tensor, views[name].dtype), first)
                 moved += views[name].nbytes
+                shown(views[name].nbytes)
                 written.append((first, first + -(-views[name].nbytes // BLOCK)))
                 if moved - told >= _TOLD:
                     _send(self._socket, {"written": _joined(written)})

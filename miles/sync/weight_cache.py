@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from miles.errors import SettingError, SyncError
 from miles.protocols import SyncReport
 from miles.sync import _weight_cache_daemon
-from miles.sync._plan import check_version, match
+from miles.sync._plan import as_version, check_version, match
 from miles.sync._sglang_client import MIXED, Client
 from miles.sync._weight_cache_daemon import Daemon
 from miles.sync._weight_cache_views import engine_views
@@ -177,6 +177,7 @@ class SGLangWeightCacheSyncer:
                 memory, or a daemon or a server that is gone.
         """
         start = time.perf_counter()
+        version = as_version(version)
         if not self._is_new(version):
             raise SyncError(f"version {version} is served already; expected a larger number")
         for name, parameter in self._aliased.items():
@@ -202,6 +203,7 @@ class SGLangWeightCacheSyncer:
                 A server or a daemon that went away in between: it may hold a part.
         """
         start = time.perf_counter()
+        version = as_version(version)
         if not self._is_new(version):
             return self._report(version, start, copied=0)
         matched = match(weights, self._views)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -19,10 +20,10 @@ from miles.errors import (
     NonFiniteError,
     SettingError,
 )
-from miles.rollout import Sample, SGLangEngine
+from miles.rollout import Sample, SGLangEngine, _sglang_calls
 from miles.rollout._sglang_api import KNOWN_VERSIONS, features_of, vocab_size_of
 from tests.rollout.sglang_fake import VOCAB, FakeSGLang, Refusal
-from tests.rollout.test_sglang_engine import PROMPT, QUICK, expected, params, serving
+from tests.rollout.test_sglang_engine import PROMPT, QUICK, expected, params, serving, until
 
 
 def test_bad_requests_say_what_is_wrong():
@@ -101,7 +102,8 @@ def test_an_id_that_gets_through_ends_the_server(bad):
 
 
 def test_nobody_there():
-    with pytest.raises(EngineDiedError, match="no SGLang server answers at"):
+    says = r"no SGLang server answers at .*; expected one there; look at its log, start it"
+    with pytest.raises(EngineDiedError, match=says):
         SGLangEngine("http://127.0.0.1:9", **QUICK)
     for url in ("localhost", "ftp://x", ""):
         with pytest.raises(SettingError, match="expected one like http"):
@@ -145,14 +147,24 @@ def test_keys():
             SGLangEngine(fake.url, api_key="wrong", **QUICK)
         with contextlib.closing(SGLangEngine(fake.url, api_key="k", **QUICK)) as engine:
             assert asyncio.run(engine.generate(PROMPT, params())).num_generated_tokens == 6
-            with pytest.raises(EngineError, match="refused the admin_api_key"):
+            # Whoever gave only the one key is not told of another that was refused.
+            with pytest.raises(
+                EngineError, match="the api_key, which it got since admin_api_key is"
+            ):
                 asyncio.run(engine.pause())
             # The failed pause holds nobody back.
             assert asyncio.run(asyncio.wait_for(engine.generate(PROMPT, params()), 5))
+        refused = pytest.raises(EngineError, match="it refused the admin_api_key it got; expected")
+        wrong = {"api_key": "k", "admin_api_key": "x"}
+        with contextlib.closing(SGLangEngine(fake.url, **wrong, **QUICK)) as engine, refused:
+            asyncio.run(engine.pause())
         both = {"api_key": "k", "admin_api_key": "a"}
         with contextlib.closing(SGLangEngine(fake.url, **both, **QUICK)) as engine:
             asyncio.run(engine.pause())
             asyncio.run(engine.resume())
+    refused = pytest.raises(EngineError, match="asks for a key, and admin_api_key is None")
+    with serving(admin_api_key="a") as (_, engine), refused:
+        asyncio.run(engine.pause())
 
 
 def meta(**changes):
@@ -191,10 +203,19 @@ def test_answers_that_are_none(meddle, error, says):
         assert asyncio.run(engine.generate(sample, params())).num_generated_tokens == 6
 
 
-def test_something_else_than_sglang():
+@pytest.mark.parametrize(
+    ("encoding", "says"),
+    [
+        (None, r"It works!.*Is this address an SGLang server"),
+        ("gzip", r"/server_info answered with bytes that are not .*; expected JSON .*; look at"),
+    ],
+)
+def test_something_else_than_sglang(encoding, says):
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # the base class calls it by this name
             self.send_response(200)
+            if encoding is not None:
+                self.send_header("content-encoding", encoding)
             self.end_headers()
             self.wfile.write(b"<html>It works!</html>")
 
@@ -203,7 +224,7 @@ def test_something_else_than_sglang():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(EngineError, match=r"It works!.*Is this address an SGLang server"):
+        with pytest.raises(EngineError, match=says):
             SGLangEngine(f"http://127.0.0.1:{server.server_port}", **QUICK)
         server.shutdown()
 
@@ -228,17 +249,62 @@ def test_a_server_that_is_busy_is_asked_again(status):
         assert left[0] == 1000 - 6, "the first and five repetitions"
 
 
-@pytest.mark.parametrize("status", [400, 404, 500, 504])
-def test_what_is_not_safe_to_repeat_is_not_repeated(status):
+def test_waits_before_repetitions_double_up_to_a_limit_and_are_spread(monkeypatch):
+    class Clock:
+        """asyncio, whose `sleep` of the calls takes no time."""
+
+        waited: ClassVar[list[float]] = []
+
+        def __getattr__(self, name):
+            return getattr(asyncio, name)
+
+        async def sleep(self, seconds):
+            self.waited.append(seconds)
+
+    with serving(engine={"backoff": 0.5, "retries": 7}) as (fake, engine):
+
+        def busy(answer):
+            raise Refusal(503, {"error": "full"})
+
+        fake.meddle = busy
+        monkeypatch.setattr(_sglang_calls, "asyncio", Clock())
+        with pytest.raises(EngineError, match=r"503.*full.*; expected .*; lower max_in_flight"):
+            asyncio.run(engine.generate(PROMPT, params()))
+        assert len(fake.requests) == 8
+    most = [0.5, 1, 2, 4, 8, 10, 10]
+    parts = [waited / limit for waited, limit in zip(Clock.waited, most, strict=True)]
+    assert all(0.5 <= part <= 1 for part in parts) and len(set(parts)) == 7
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (400, "so it goes"),
+        (404, "so it goes"),
+        (500, "so it goes.*; expected 200; look at the end of the server's log"),
+        (504, "so it goes.*; expected 200; look at"),
+    ],
+)
+def test_what_is_not_safe_to_repeat_is_not_repeated(status, says):
     with serving() as (fake, engine):
 
         def fail(answer):
             raise Refusal(status, {"error": {"message": "so it goes"}})
 
         fake.meddle = fail
-        with pytest.raises(MilesError, match="so it goes"):
+        with pytest.raises(MilesError, match=says):
             asyncio.run(engine.generate(PROMPT, params()))
         assert len(fake.requests) == 1
+
+
+def test_a_server_that_hangs_up():
+    with serving(engine={"retries": 0}, step_seconds=0.01) as (fake, engine):
+        future = engine.submit(PROMPT, params(1000))
+        until(lambda: fake.requests)
+        fake.cut()
+        says = r"ended during /generate .*; expected an answer; look at the end of the server's log"
+        with pytest.raises(EngineDiedError, match=says):
+            future.result(20)
 
 
 def test_a_server_that_hangs():

@@ -171,6 +171,26 @@ def test_one_server_with_newer_weights_takes_no_other_out():
         assert asyncio.run(engine.refresh()) == 1 and states(engine) == [True, False]
 
 
+def test_a_server_that_falls_behind_while_it_is_told_of_a_pause_stays_out():
+    with two(engine=SELDOM) as (first, other, engine):
+
+        async def push_meanwhile():
+            await engine.pause()
+            back = asyncio.ensure_future(engine.readmit(other.url))
+            while "/pause_generation" not in other.calls:
+                await asyncio.sleep(0.005)
+            first.weight_version = "5"
+            assert await engine.refresh() == 5
+            with pytest.raises(EngineError, match="version 0; expected 5; push them to it"):
+                await back
+
+        lose(engine, other)
+        other.calls.clear()
+        other.pause_seconds = 0.5
+        asyncio.run(push_meanwhile())
+        assert states(engine) == [True, False] and engine.weight_version == 5
+
+
 def test_with_no_other_server_newer_weights_are_welcome():
     with one(weight_version="1") as (fake, engine):
         lose(engine, fake)

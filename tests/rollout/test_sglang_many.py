@@ -92,9 +92,11 @@ def test_requests_of_a_dead_server_are_answered_by_another():
         assert first.url in engine.servers[0].reason
 
 
-def test_a_server_killed_in_the_middle_of_everything():
+def test_a_server_killed_in_the_middle_of_everything(tmp_path):
+    settings = {"module": FAKE, "args": ["--step-seconds", "0.01"], "log": tmp_path / "server.log"}
     with (
-        SGLangServer("m", module=FAKE, args=["--step-seconds", "0.01"]) as mortal,
+        pytest.warns(UserWarning, match="had ended before it was stopped"),
+        SGLangServer("m", **settings) as mortal,
         FakeSGLang(step_seconds=0.01) as other,
         contextlib.closing(SGLangEngine([mortal.url, other.url], **QUICK)) as engine,
     ):

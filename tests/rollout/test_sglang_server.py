@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,9 +21,25 @@ ROOT = Path(__file__).parents[2]
 FAKE = "tests.rollout.sglang_fake"
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch) -> Path:
+    """A folder of temporary files for each test."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def server(*args: str, **settings) -> SGLangServer:
     settings = {"module": FAKE, "start_timeout": 40.0, "stop_timeout": 5.0} | settings
     return SGLangServer("some/model", args=args, **settings)
+
+
+def run(code: str, temporary: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    )  # fmt: skip
 
 
 def runs(pid: int) -> bool:
@@ -55,23 +72,40 @@ def test_it_serves_and_is_gone_afterwards(tmp_path):
     assert log.read_text().splitlines() == lines
 
 
-def test_it_can_be_started_again():
+def test_it_can_be_started_again_and_leaves_no_temporary_log_behind(temporary):
     one = server()
     with one:
         first = one.pid
+        assert one.log.is_relative_to(temporary) and one.log.stat().st_size
+    assert not list(temporary.iterdir())
     with one:
         assert one.pid != first and one.alive
+    assert not list(temporary.iterdir())
 
 
-def test_a_death_before_the_first_answer_shows_the_log():
+def test_the_log_of_a_server_that_died_or_of_a_block_that_failed_stays():
+    died = pytest.warns(UserWarning, match="had ended before it was stopped; its log is")
+    with died as warned, server() as started:
+        os.kill(started.pid, signal.SIGKILL)
+        until(lambda: not started.alive)
+    assert str(started.log) in str(warned[0].message) and "serving" in started.log.read_text()
+    with pytest.raises(ZeroDivisionError) as caught, server() as started:
+        raise ZeroDivisionError
+    assert str(started.log) in caught.value.__notes__[0] and "serving" in started.log.read_text()
+    assert gone(started.pid)
+
+
+def test_a_death_before_the_first_answer_shows_the_log(recwarn):
     broken = server("--die-after", "0.1")
     with pytest.raises(EngineDiedError, match="exit code 3") as caught:
         broken.start()
     assert "no memory is left" in str(caught.value) and str(broken.log) in str(caught.value)
-    assert not broken.alive
+    broken.stop()
+    assert not broken.alive and "no memory is left" in broken.log.read_text()
     missing = server(module="no_such_module_at_all")
     with pytest.raises(EngineDiedError, match="no_such_module_at_all"):
         missing.start()
+    assert not recwarn.list
 
 
 def test_a_start_that_takes_too_long_is_ended():
@@ -82,12 +116,15 @@ def test_a_start_that_takes_too_long_is_ended():
     assert gone(slow.pid)
 
 
-def test_a_death_later_is_noticed():
+def test_a_death_later_is_noticed(recwarn):
     with server() as started:
         os.kill(started.pid, signal.SIGKILL)
         until(lambda: not started.alive)
         with pytest.raises(EngineDiedError, match="exit code -9"):
             started.check()
+    started.stop()
+    assert "serving" in started.log.read_text()  # of which the error has told
+    assert not recwarn.list
 
 
 def test_children_and_servers_that_ignore_sigterm_are_ended_too():
@@ -100,10 +137,13 @@ def test_children_and_servers_that_ignore_sigterm_are_ended_too():
         child = int(started.log.read_text().partition("child ")[2].split()[0])
         os.kill(started.pid, signal.SIGKILL)
         assert gone(started.pid) and runs(child)
+        until(lambda: not started.alive)
+        with pytest.raises(EngineDiedError):
+            started.check()
     assert gone(child)
 
 
-def test_it_ends_when_its_owner_is_killed():
+def test_it_ends_when_its_owner_is_killed(temporary):
     code = f"""
 import time
 from miles.rollout import SGLangServer
@@ -111,7 +151,7 @@ started = SGLangServer("m", module="{FAKE}", start_timeout=40).start()
 print(started.pid, flush=True)
 time.sleep(60)
 """
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    owner = run(code, temporary)
     try:
         pid = int(owner.stdout.readline())
         assert runs(pid)
@@ -121,7 +161,7 @@ time.sleep(60)
     assert gone(pid)
 
 
-def test_it_ends_with_its_owner_even_if_a_forked_child_of_that_lives_on():
+def test_it_ends_with_its_owner_even_if_a_forked_child_of_that_lives_on(temporary):
     code = f"""
 import os, signal, time
 from miles.rollout import SGLangServer
@@ -133,7 +173,7 @@ if child == 0:
 print(started.pid, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    owner = run(code, temporary)
     pid, child = map(int, owner.stdout.readline().split())
     try:
         owner.wait()
@@ -155,12 +195,13 @@ def test_what_is_refused_for_ever_is_not_asked_until_the_end():
     assert gone(full.pid)
 
 
-def test_environment_key_and_port():
+def test_environment_key_and_port(recwarn):
     given = server(env={"A": "1", "PYTHONPATH": "x:y"}, python="/py", port=31999, api_key="k")
     assert given.command[:6] == ["env", "A=1", "PYTHONPATH=x:y", "/py", "-m", FAKE]
     assert given.command[-2:] == ["--api-key", "k"] and given.url == "http://127.0.0.1:31999"
     assert given.pid is None and given.last_lines() == ""
     given.stop()
+    assert not recwarn.list
     with server(api_key="k") as started:
         with contextlib.closing(SGLangEngine(started.url, api_key="k")) as engine:
             assert engine.weight_version == 0
@@ -168,12 +209,23 @@ def test_environment_key_and_port():
             SGLangEngine(started.url)
 
 
-def test_a_taken_port_and_a_missing_interpreter():
+def test_a_taken_port_a_missing_interpreter_and_a_log_that_cannot_be(temporary):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(SettingError, match=f"port {port} of 127.0.0.1 cannot be used"):
+        with pytest.raises(SettingError, match=f"listen at 127.0.0.1, port {port}.*nothing else"):
             server(port=port).start()
+    for host in ("::1", "192.0.2.1"):
+        for port in (None, 31999):
+            with pytest.raises(SettingError, match=f"at {host}, port .*expected an IPv4 address"):
+                server(host=host, port=port).start()
+    with pytest.raises(SettingError, match=r"127\.0\.0\.1, port 70000"):
+        server(port=70000).start()
     with pytest.raises(SettingError, match="cannot be started"):
         server(python="/no/such/python").start()
+    assert not list(temporary.iterdir())
+    (temporary / "file").touch()
+    for log in ("/proc/nowhere/server.log", temporary / "file" / "server.log", temporary):
+        with pytest.raises(SettingError, match=r"the log .* cannot be written .*another one as"):
+            server(log=log).start()

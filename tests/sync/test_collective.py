@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,6 +406,13 @@ def test_bucket_sizes_and_groups_that_cannot_be(size, tmp_path):
             CollectiveReceiver(Target(), dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("version", ["3", 3.0, True])
+def test_a_version_is_an_integer_on_every_rank(version):
+    of_two = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    with pytest.raises(SettingError, match=f"version is {version!r}; expected an integer"):
+        CollectiveSyncer(None, trainers=of_two).push([], version=version)
 
 
 def test_a_bar_is_shown_to_those_who_ask(capsys):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 import time
 import warnings
 from datetime import timedelta
@@ -287,7 +286,21 @@ def test_a_thread_follows_and_warns_once_of_what_is_damaged(syncer, target, tmp_
         receiver.close()
     (warning,) = [w for w in caught if w.category is UserWarning]
     assert "version 3 was not taken, 1 is still served" in str(warning.message)
-    assert not [t for t in threading.enumerate() if t.name == "weight-receiver"]
+    assert not receiver._thread.is_alive()
+
+
+def test_an_engine_that_got_another_version_meanwhile_keeps_it(syncer, receiver, target):
+    push(syncer, 1)
+    live = target.weight_tensors
+
+    def while_another_pushes():
+        target.weight_version = 5
+        return live()
+
+    target.weight_tensors = while_another_pushes
+    with pytest.raises(SyncError, match="the engine went to version 5 meanwhile; expected one"):
+        receiver.receive_once()
+    assert target.weight_version == 5 and not target.seen
 
 
 # Engines and sharded trainers.

@@ -11,7 +11,7 @@ import torch
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import WeightSyncer
-from miles.sync import SharedMemorySyncer, _bucket_receiver, _bucket_sender
+from miles.sync import InProcessSyncer, SharedMemorySyncer, _bucket_receiver, _bucket_sender
 from miles.sync._bucket_plan import unpack
 from miles.sync._bucket_receiver import BucketReceiver
 from miles.sync._bucket_sender import BucketSender, slot_bytes
@@ -154,6 +154,36 @@ def test_versions_only_grow_and_the_served_one_is_not_pushed_again(target, synce
         syncer.push(big(3).items(), version=7)
     assert syncer.push(big(3).items(), version=9).num_tensors == 0
     assert same(target.live, big(2))
+
+
+@pytest.mark.parametrize("other", [2, 9])
+def test_a_version_that_another_trainer_brought_meanwhile_stays(target, syncer, other):
+    def while_another_pushes():
+        yield from big(2).items()
+        InProcessSyncer(target).push(big(7).items(), version=other)
+
+    reason = "2 is older than 9" if other == 9 else "the engine got version 2 from another"
+    with pytest.raises(SyncError, match=f"2 was not taken, {other} is still served: .*{reason}"):
+        syncer.push(while_another_pushes(), version=2)
+    assert same(target.live, big(7)) and target.weight_version == other
+    syncer.push(big(3).items(), version=10)
+    assert same(target.live, big(3))
+
+
+def test_what_a_failed_commit_left_in_service_is_not_written_to(target, syncer, monkeypatch):
+    syncer.push(big(1).items(), version=1)
+
+    def half(tensors, *, version, alias=False):
+        target.live = dict(target.live) | {"wide": tensors["wide"]}
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(target, "commit_weights", half)
+    with pytest.raises(SyncError, match="1 is still served: ZeroDivisionError: boom"):
+        syncer.push(big(2).items(), version=2)
+    monkeypatch.undo()
+    with pytest.raises(SyncError, match="a commit failed halfway, so no memory is free"):
+        syncer.push(big(3).items(), version=3)
+    assert same(target.live, big(1) | {"wide": big(2)["wide"]})
 
 
 @pytest.mark.parametrize(("text", "weights"), BROKEN)

@@ -72,6 +72,22 @@ def test_an_engine_is_right_after_a_sync_and_wrong_before():
             probe(engine, score, PROMPTS, params=sampling, version=4)
 
 
+def test_samples_of_an_engine_that_changed_its_version_meanwhile_are_not_compared(monkeypatch):
+    trainer = tiny("llama").eval()
+    with serving(tiny("llama")) as engine:
+        InProcessSyncer(engine).push(trainer.state_dict().items(), version=3)
+        generate = engine.generate
+
+        async def pushing(prompt, sampling, **options):
+            sample = await generate(prompt, sampling, **options)
+            InProcessSyncer(engine).push(trainer.state_dict().items(), version=4)
+            return sample
+
+        monkeypatch.setattr(engine, "generate", pushing)
+        with pytest.raises(SyncError, match="serves version 4; expected 3"):
+            probe(engine, model_logprobs(trainer), [[1, 2]], params=params(4), version=3)
+
+
 def test_a_scorer_needs_no_engine():
     model = tiny("llama").eval()
     score = model_logprobs(model)

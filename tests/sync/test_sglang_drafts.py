@@ -91,3 +91,11 @@ def test_files_are_not_loaded_where_the_draft_would_take_them_too(
 def test_a_folder_and_a_selector_do_not_go_together(syncer_for, tmp_path):
     with Server("0.5.21") as server, pytest.raises(SettingError, match="via='disk'"):
         syncer_for(server, via="disk", folder=tmp_path, selector="draft")
+
+
+@pytest.mark.parametrize("algorithm", [None, "NGRAM"])
+def test_a_server_without_a_draft_takes_none(server, syncer_for, algorithm):
+    server.info = {"speculative_algorithm": algorithm}
+    with pytest.raises(SyncError, match=r"no draft model; expected .*draft-model-path"):
+        syncer_for(server, selector="draft").push(weights(1).items(), version=1)
+    assert server.updates == [] and "/pause_generation" not in server.calls

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,12 @@ def test_servers_that_never_come_are_an_error_in_time(group, standstill):
     assert not standstill.aborted  # it would wait for the thread
 
 
-def test_a_refusal_comes_before_the_time_is_over(group):
+def test_a_refusal_comes_at_once(group, monkeypatch):
+    def sleep(seconds):
+        raise AssertionError("it waits")
+
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep)  # the time is never over
+    monkeypatch.setattr(_sglang_group, "time", clock)
     refused = Future()
     refused.set_exception(SyncError("400 no memory is left"))
     with pytest.raises(SyncError, match="no memory is left"):

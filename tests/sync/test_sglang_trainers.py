@@ -140,6 +140,74 @@ def test_all_ranks_hear_of_a_failure_and_none_waits(tmp_path, via, fault):
     assert "rank 0 of the trainers failed: SyncError" in others[1]
 
 
+def one_server_each(folder, change):
+    """Two servers of one rank; what each was sent, and what a push of another model says."""
+    memory = OfAll()
+
+    def rebuild(*arguments):
+        return memory.rebuild(*arguments)
+
+    rebuild.__module__, rebuild.__qualname__ = reductions.__name__, "rebuild_cuda_tensor"
+    reductions.rebuild_cuda_tensor = rebuild
+    memory.fails_at = ""
+    model = tiny("llama", seed=1, tie_word_embeddings=False)
+    fully_shard(model, mesh=DeviceMesh.from_group(dist.group.WORLD, "cpu"))
+    lead, held, text = dist.get_rank() == 0, [], ""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(OneRank("0.5.21")) for _ in range(2)] if lead else []
+        urls = [[server.url for server in servers]]
+        dist.broadcast_object_list(urls)
+        syncer = SGLangSyncer(
+            urls[0], via="cuda_ipc", bucket_bytes=BUCKET, trainers=dist.group.WORLD, progress=True
+        )
+        assert syncer._progress == lead  # one bar is enough
+        syncer._memory, syncer._slabs = memory, Slabs(BUCKET, memory, syncer._trainers)
+        syncer.push(model.state_dict().items(), version=1)
+        held = [(server.loaded, server.payloads) for server in servers]
+        other = dict(model.state_dict())
+        del other["model.norm.weight"]
+        try:
+            syncer.push(other.items() if change == "collection" else iter(other.items()), version=2)
+        except SyncError as error:
+            text = str(error)
+        versions = [server.weight_version for server in servers]
+        dist.barrier()
+        syncer.close()
+    for shared in memory.made:
+        shared.unlink()
+    return held, text, versions
+
+
+class OneRank(Server):
+    """Notes what it was sent."""
+
+    def __init__(self, version):
+        super().__init__(version)
+        self.payloads: list[str] = []
+
+    def update(self, name, body):
+        if name == "update_weights_from_tensor":
+            self.payloads += body["serialized_named_tensors"]
+        return super().update(name, body)
+
+    def take(self, flat, metadata):
+        super().take(flat.clone(), metadata)
+
+
+@pytest.mark.parametrize("change", ["collection", "stream"])
+def test_each_of_several_servers_reads_a_rank_of_the_trainer_which_is_of_one_model(
+    tmp_path, change
+):
+    (held, text, versions), (_, other, _) = launch(one_server_each, 2, tmp_path, "", change)
+    (first, of_first), (second, of_second) = held
+    wanted = tiny("llama", seed=1, tie_word_embeddings=False).state_dict()
+    assert same(first, wanted) and same(second, wanted)
+    assert len(of_first) == len(of_second) > 1 and not set(of_first) & set(of_second)
+    assert "missing weights ['model.norm.weight']" in text
+    assert "missing weights ['model.norm.weight']" in other
+    assert versions == (["1", "1"] if change == "collection" else ["-1", "-1"])
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_all_ranks_hear_of_a_slab_that_rank_0_cannot_make(tmp_path, number):
     (texts, _), (others, _) = launch(sharded, 2, tmp_path, "cuda_ipc", "", f"slab {number}")

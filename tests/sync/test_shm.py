@@ -11,7 +11,7 @@ import torch
 
 from miles.errors import SettingError, SyncError
 from miles.protocols import WeightSyncer
-from miles.sync import SharedMemoryReceiver, SharedMemorySyncer, shm
+from miles.sync import InProcessSyncer, SharedMemoryReceiver, SharedMemorySyncer, _session, shm
 from tests.models import params, serving, tiny
 from tests.sync import processes
 from tests.sync.targets import Target, random_tensors, same, serve, tensors
@@ -96,6 +96,22 @@ def test_versions_only_grow(target, syncer, address):
             again.push(random_tensors(2).items(), version=4)
         syncer.close()
     assert same(target.live, random_tensors(1)) and target.weight_version == 5
+
+
+@pytest.mark.parametrize("other", [2, 9])
+def test_a_version_that_another_trainer_brought_meanwhile_stays(target, syncer, other):
+    syncer.push(random_tensors(1).items(), version=1)
+
+    def while_another_pushes():
+        yield from random_tensors(2).items()
+        InProcessSyncer(target).push(random_tensors(7).items(), version=other)
+
+    reason = "2 is older than 9" if other == 9 else "the engine got version 2 from another"
+    with pytest.raises(SyncError, match=f"2 was not taken, {other} is still served: .*{reason}"):
+        syncer.push(while_another_pushes(), version=2)
+    assert same(target.live, random_tensors(7)) and target.weight_version == other
+    syncer.push(random_tensors(3).items(), version=10)
+    assert same(target.live, random_tensors(3))
 
 
 @pytest.mark.parametrize(("text", "weights"), BROKEN)
@@ -228,6 +244,37 @@ def test_a_closed_receiver_listens_no_more(target, address):
     assert not address.with_name("other").exists()
     with pytest.raises(SyncError, match="no receiver answers"):
         SharedMemorySyncer(address.with_name("other")).push([], version=1)
+
+
+def test_a_closed_receiver_takes_nothing_more_of_a_trainer_that_is_connected(address):
+    receiver, syncer = (
+        SharedMemoryReceiver(target := Target(), address),
+        SharedMemorySyncer(address),
+    )
+    syncer.push(random_tensors(1).items(), version=1)
+    receiver.close()
+    for _ in range(2):
+        with pytest.raises(SyncError, match=r"(went away|no receiver answers) at .*weights"):
+            syncer.push(random_tensors(2).items(), version=2)
+    assert same(target.live, random_tensors(1)) and target.weight_version == 1
+
+
+def test_a_trainer_that_comes_while_the_receiver_is_closed_is_hung_up_on(address, monkeypatch):
+    check = _session._check_peer
+
+    def closing(connection, who):
+        check(connection, who)
+        if who == "a weight sender":
+            receiver.close()
+
+    receiver, syncer = (
+        SharedMemoryReceiver(target := Target(), address),
+        SharedMemorySyncer(address),
+    )
+    monkeypatch.setattr(_session, "_check_peer", closing)
+    with pytest.raises(SyncError, match="version 1 was not pushed"):
+        syncer.push(random_tensors(1).items(), version=1)
+    assert target.weight_version == 0
 
 
 def test_a_receiver_that_does_not_answer_in_time_is_an_error(address):

@@ -205,6 +205,18 @@ def test_versions_only_grow(make, version):
     syncer.close()
 
 
+def test_versions_are_integers(make):
+    world = make()
+    syncer = world.syncer()
+    world.server.calls.clear()
+    with pytest.raises(SettingError, match="expected an integer"), syncer.updating("1"):
+        raise AssertionError("not reached")
+    with pytest.raises(SettingError, match="expected an integer"):
+        syncer.push([], version=1.5)
+    assert not world.server.calls
+    syncer.close()
+
+
 def test_a_server_that_was_started_again_is_looked_at_again(make):
     world = make()
     syncer = world.syncer()
