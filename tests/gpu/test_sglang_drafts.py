@@ -20,7 +20,7 @@ from miles.rollout.speculative import (
     SpeculativeStats,
     export_draft,
 )
-from tests.gpu.test_sglang_sync import ENV, FLAGS, MEAN_GAP, PYTHON
+from tests.gpu.test_sglang_sync import ENV, FLAGS, MEAN_GAP, PYTHON, skip_without_sglang
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
@@ -74,6 +74,7 @@ def trained(kind, model, updates):
     ("kind", "algorithm"), [(EagleDraft, "EAGLE"), (Eagle3Draft, "EAGLE3")], ids=["eagle", "eagle3"]
 )
 def test_a_server_keeps_as_much_of_a_draft_as_our_engine(tmp_path, kind, algorithm):
+    skip_without_sglang()
     model = policy("cuda")
     draft = trained(kind, model, updates=300).to(torch.bfloat16)
     with closing(HFEngine(model, max_batch=COUNT, draft=draft, draft_steps=STEPS)) as engine:

@@ -392,8 +392,7 @@ def test_quantised_pairs_pass_unchanged(server, syncer_for):
 
 @pytest.mark.parametrize("selector", ["target", "draft", "all"])
 def test_the_selector_is_spelt_as_each_version_does(server, syncer_for, selector):
-    server.info = {"speculative_algorithm": "EAGLE"}
-    syncer = syncer_for(server, selector=selector)
+    server.info, syncer = {"speculative_algorithm": "EAGLE"}, syncer_for(server, selector=selector)
     if selector == "draft" and not server.strict:
         with pytest.raises(SyncError, match=r"older than 0.5.21.*draft.*with export_draft"):
             syncer.push(weights(1).items(), version=1)
