@@ -114,6 +114,7 @@ class SGLangServer:
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._started = self._told = False  # it has answered; an error told of its death
+        self._stopped = False  # by us
 
     @property
     def pid(self) -> int | None:
@@ -126,12 +127,14 @@ class SGLangServer:
         return self._process is not None and self._process.poll() is None
 
     def check(self) -> None:
-        """Nothing, as long as it runs.
+        """Nothing, as long as it runs, or if it was stopped.
 
         Raises:
             EngineDiedError: it ended by itself; the text holds the end of its log.
         """
-        if self._process is not None and (code := self._process.poll()) is not None:
+        if self._process is None or self._stopped:
+            return
+        if (code := self._process.poll()) is not None:
             self._told = True
             raise EngineDiedError(
                 f"the server {self._process.pid} ended with exit code {code}. The end of "
@@ -159,7 +162,7 @@ class SGLangServer:
             return self
         self._clean_up()
         _bind(self._host, self.port)  # a server of someone else would answer in the place of ours
-        self._process = self._spawned()
+        self._process, self._stopped = self._spawned(), False
         try:
             # Its own group, so that neither Ctrl-C nor the end of the server's ends it.
             self._watchdog = subprocess.Popen(
@@ -226,6 +229,7 @@ class SGLangServer:
         if not started or keep_log:
             return
         if ran:
+            self._stopped = True
             self._remove_own_log()
         elif not self._told:
             warnings.warn(
@@ -293,7 +297,7 @@ class SGLangServer:
             got = "no key" if self._api_key is None else "another key"
             raise EngineError(
                 f"the server answered {path} with {status}, since it got {got}; expected api_key= "
-                f"to be what it was started with: {text}"
+                f"to be what it was started with: {text} (its log is {self.log})"
             )
         if status == 400 and path == "/generate":
             raise EngineError(

@@ -18,7 +18,7 @@ from miles.sync._bucket_plan import Layout, runs, unpack
 from miles.sync._bucket_sender import HALVES, slot_bytes
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory, Region
-from miles.sync._plan import check_commit, check_version
+from miles.sync._plan import check_commit, check_version, committing
 from miles.sync._session import Listener, describe, receive, send, specs_of
 
 __all__ = ["BucketReceiver"]
@@ -123,10 +123,10 @@ class BucketReceiver(Listener):
         if version != arriving.version:
             raise SyncError(f"version {version} ends here; expected {arriving.version}")
         views = arriving.checked(buckets)
-        check_commit(version, self._target.weight_version)
         loaded = time.perf_counter()
-        self._idle = None
-        with self._memory.serving():
+        with committing(self._target), self._memory.serving():
+            check_commit(version, self._target.weight_version)
+            self._idle = None
             self._target.commit_weights(views, version=version, alias=self._alias)
         self._idle = 1 - arriving.buffer if self._alias else arriving.buffer
         arriving.version = -1  # a second commit of the same buckets is none

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import operator
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from miles.errors import SettingError, SyncError
 
 __all__ = [
-    "as_version", "at_once", "check_commit", "check_filled", "check_version", "match", "memory_of",
-    "pair",
+    "as_version", "at_once", "check_commit", "check_filled", "check_version", "committing", "match",
+    "memory_of", "pair",
 ]  # fmt: skip
 
 
@@ -47,6 +50,16 @@ def check_commit(version: int, served: int) -> None:
         raise SyncError(
             f"the engine got version {version} from another trainer meanwhile; expected one trainer"
         )
+
+
+def committing(target: Any) -> threading.RLock:
+    """What all receivers of a target hold from `check_commit` to the end of a commit."""
+    with _MAKING:
+        return _COMMITS.setdefault(target, threading.RLock())
+
+
+_COMMITS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
 
 
 def check_filled(name: str, tensor: Tensor) -> None:

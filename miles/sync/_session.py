@@ -99,7 +99,8 @@ class Sender(ABC):
             self.close()
             what = "the receiver went away" if reached else "no receiver answers"
             raise SyncError(
-                f"{what} at {self._address}, so version {version} was not pushed "
+                f"{what} at {self._address}, so version {version} was not pushed"
+                f"{', or only its answer was lost' if reached else ''} "
                 f"({type(error).__name__}: {error}); expected a {self.receiver} there; start "
                 "the engine (again) and push again"
             ) from error

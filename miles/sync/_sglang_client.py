@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import secrets
+import ssl
 from typing import Any
 
 from miles.errors import MissingExtraError, SettingError, SyncError
@@ -12,7 +14,7 @@ __all__ = ["ClashError", "Client", "KNOWN_VERSIONS", "LateError", "MIXED"]
 KNOWN_VERSIONS = ("0.5.17", "0.5.18", "0.5.19", "0.5.21", "0.5.22", "0.5.23")
 SESSIONS_SINCE = 21
 MIXED = -1
-"""The weight version of a server that got a part of an update."""
+"""What a server has that got a part of an update: its version is a mark, some number below 0."""
 
 
 READING = {
@@ -69,12 +71,15 @@ class Client:
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
         self._told: str | None = None  # the version that it was given last
-        self._given: int | None = None  # likewise, but for `MIXED`
+        self._given: int | None = None  # likewise, but for marks
+        self._mark = -2 - secrets.randbelow(1 << 30)  # this trainer's own
+        self._marked = False  # or may be
         self._errors = httpx.HTTPError, httpx.InvalidURL
         self._no_address = httpx.InvalidURL, httpx.UnsupportedProtocol
         self._late = httpx.TimeoutException
         limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
-        self._http = httpx.Client(timeout=limits, trust_env=False)  # no proxy
+        verify = ssl.create_default_context() if self.url.startswith("https:") else False
+        self._http = httpx.Client(timeout=limits, verify=verify, trust_env=False)  # no proxy
 
     def close(self) -> None:
         """Close the connections."""
@@ -114,28 +119,36 @@ class Client:
         if self._given is not None and version > self._given:
             raise SyncError(
                 f"{self.url} has weights of version {version}; expected {self._given}, the last "
-                "that this trainer gave it, so another one pushes to it: end one of them, and make "
-                "a new syncer where pushes are to go on"
+                "that this syncer saw or gave: another trainer pushes to it, which has to end, or "
+                "it was started again with a later --weight-version; make a new syncer to go on"
             )
-        return version
+        return MIXED if self._marked or version < 0 else version
+
+    def meet(self, version: int) -> None:
+        """What the server had when this trainer first came counts as given."""
+        if self._given is None and version != MIXED:
+            self._given = version
 
     def check_mark(self) -> None:
-        """Raise `ClashError` where the weights got a version since `say(MIXED)`."""
+        """Raise `ClashError` where somebody else gave a version or a mark since `say(MIXED)`."""
         said = self._get("/model_info").get("weight_version")
-        if said != str(MIXED):
+        if said != str(self._mark):
             raise ClashError(
-                f"{self.url} went to version {said!r} in the middle of this push; expected {MIXED} "
-                "until its end: another trainer pushes to it, or it was started again"
+                f"{self.url} went to version {said!r} in the middle of this push; expected this "
+                f"trainer's mark, {self._mark}, until its end: another trainer pushes to it, or it "
+                "was started again"
             )
 
     def say(self, version: int) -> None:
-        """Give the weights a version."""
-        if version != MIXED:
-            self._given = version  # before: the answer may be lost
+        """Give the weights a version, or this trainer's mark."""
+        if version == MIXED:
+            self._marked = True  # before, as below: the call or its answer may be lost
+        else:
+            self._given = version
+        told = str(self._mark if version == MIXED else version)
         # By default this call aborts every request.
-        body = {"new_version": str(version), "abort_all_requests": False}
-        self.post("/update_weight_version", body)
-        self._told = str(version)
+        self.post("/update_weight_version", {"new_version": told, "abort_all_requests": False})
+        self._told, self._marked = told, version == MIXED
 
     def post(self, path: str, body: dict[str, Any] | None = None, **query: Any) -> Any:
         """Call a control endpoint; its answer, where it says that it succeeded.

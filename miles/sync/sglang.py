@@ -50,9 +50,9 @@ class SGLangSyncer:
     """Brings weights to SGLang servers (0.5.17 to 0.5.23), which all of a version or none serve.
 
     SGLang writes new weights over the old ones, so an update that fails halfway cannot be undone.
-    Before it begins, servers are paused, emptied of cached prefixes, and told that their weight
-    version is -1; if it fails, they stay so, the error says so, and the next push, which is always
-    a whole one, puts them right. What fails earlier changes nothing.
+    Before it begins, servers are paused, emptied of cached prefixes, and marked by a weight version
+    below 0; if it fails, they stay so, the error says so, and the next push, which is always a
+    whole one, puts them right. What fails earlier changes nothing.
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged. The
     names and shapes of a syncer's first push are those of all that follow: servers would skip what
@@ -216,6 +216,8 @@ class SGLangSyncer:
                     "expected a whole one: push the policy first"
                 )
             return self._clients if check_version(version, self._drafted) else []
+        for client, had in zip(self._clients, versions, strict=True):
+            client.meet(had)
         check_version(version, max(versions))
         behind = [c for c, had in zip(self._clients, versions, strict=True) if had < version]
         return self._clients if self._via == "distributed" and behind else behind
@@ -305,13 +307,13 @@ class SGLangSyncer:
             return "servers serve what they did"
         if clash:
             return (
-                "servers may hold and serve a mixture of two versions; end one of the trainers and "
-                "push again, which is a whole push"
+                "servers may hold and serve a mixture of two versions; end the other trainer, if "
+                "there is one, and push again, which is a whole push"
             )
         if self._drafts:
             return "draft models hold a part of it, and the policy is served as before; push again"
         return (
-            f"servers hold a part of it: weight version {MIXED}"
+            "servers hold a part of it: a weight version below 0"
             f"{', still paused' if self._pause else ''}; push again, which is a whole push"
         )
 

@@ -28,7 +28,7 @@ from miles.sync._buckets import whole
 from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._filler import Filler
 from miles.sync._memory import anonymous_file, map_file
-from miles.sync._plan import check_commit, check_version, pair
+from miles.sync._plan import check_commit, check_version, committing, pair
 from miles.sync._progress import bar
 from miles.sync._session import (
     Listener,
@@ -126,9 +126,10 @@ class SharedMemoryReceiver(Listener):
             version, start = request["commit"], time.perf_counter()
             try:
                 arriving.finish(version)
-                check_commit(version, self._target.weight_version)
                 loaded = time.perf_counter()
-                self._target.commit_weights(views[buffer], version=version, alias=alias)
+                with committing(self._target):
+                    check_commit(version, self._target.weight_version)
+                    self._target.commit_weights(views[buffer], version=version, alias=alias)
                 commit = time.perf_counter() - loaded
                 reply = {"version": version, "seconds": {"load": loaded - start, "commit": commit}}
             except Exception as error:  # whatever it was, the sender has to hear of it

@@ -259,7 +259,7 @@ class SGLangWeightCacheSyncer:
             where = "the server serves what it did"
             if touched:
                 where = (
-                    f"the server holds a part of it: weight version {MIXED}"
+                    "the server holds a part of it: a weight version below 0"
                     f"{', still paused' if self._pause else ''}; write all weights again"
                 )
             elif stopped:

@@ -81,6 +81,7 @@ def test_it_can_be_started_again_and_leaves_no_temporary_log_behind(temporary):
     with one:
         assert one.pid != first and one.alive
     assert not list(temporary.iterdir())
+    one.check()  # it did not end by itself
 
 
 def test_the_log_of_a_server_that_died_or_of_a_block_that_failed_stays():

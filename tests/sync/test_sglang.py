@@ -188,7 +188,7 @@ def test_the_calls_are_those_of_the_servers_version(server, syncer_for):
     updates = ["update_weights_from_tensor"] * 3
     assert server.names() == version + begin + updates + end + version
     said = [body for name, body in server.updates if name == "update_weight_version"]
-    assert [body["new_version"] for body in said] == ["-1", "1"]
+    assert [max(int(body["new_version"]), -1) for body in said] == [-1, 1]
     assert not any(body["abort_all_requests"] for body in said)
     calls = [path for path in server.calls if "info" not in path]
     assert calls[:2] == ["/pause_generation", "/flush_cache"]
@@ -266,7 +266,7 @@ def test_a_server_that_refuses_never_joins_a_broadcast_and_nobody_waits_for_it(s
     syncer = syncer_for(server, via="distributed", master=master, backend="gloo", timeout=3)
     with pytest.raises(SyncError, match=r"version 1 was not pushed.*no memory is left"):
         syncer.push(weights(1).items(), version=1)
-    assert server.weight_version == "-1"
+    assert int(server.weight_version) < 0
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,11 @@ def test_a_failure_halfway_is_told_and_the_next_push_is_whole(server, syncer_for
     server.fail_at = step.replace("last version", "update_weight_version 2")
     with pytest.raises(
         SyncError,
-        match=r"version 2 was not pushed, servers hold a part of it: weight version -1, still "
-        r"paused; push again.*no memory is left",
+        match=r"version 2 was not pushed, servers hold a part of it: a weight version below 0, "
+        r"still paused; push again.*no memory is left",
     ):
         syncer.push(weights(2).items(), version=2)
-    assert server.weight_version == "-1" and server.paused
+    assert int(server.weight_version) < 0 and server.paused
     other = syncer_for(server)  # whoever pushes next, even an older version
     other.push(weights(1).items(), version=1)
     assert same(server.loaded, weights(1)) and server.weight_version == "1" and not server.paused
@@ -312,7 +312,7 @@ def test_an_error_of_the_trainers_own_keeps_its_type(server, syncer_for):
 
     with pytest.raises(ZeroDivisionError, match="boom") as caught:
         syncer_for(server, bucket_bytes=1).push(breaking(), version=1)
-    assert "hold a part of it" in caught.value.__notes__[0] and server.weight_version == "-1"
+    assert "hold a part of it" in caught.value.__notes__[0] and int(server.weight_version) < 0
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_several_servers_get_the_same_and_one_that_lags_is_caught_up(syncer_for)
         b.fail_at = "update_weights_from_tensor 7"
         with pytest.raises(SyncError, match=b.url):
             syncer.push(weights(3).items(), version=3)
-        assert (a.weight_version, b.weight_version) == ("-1", "-1")
+        assert int(a.weight_version) < 0 and int(b.weight_version) < 0
         syncer.push(weights(3).items(), version=3)
         assert same(a.loaded, weights(3)) and same(b.loaded, weights(3))
 
@@ -363,7 +363,7 @@ def test_a_server_that_fails_last_leaves_no_other_one_paused(syncer_for, last):
         b.fail_at, b.refuses = last, last == "continue_generation"
         with pytest.raises(SyncError, match="push again"):
             syncer.push(weights(1).items(), version=1)
-        assert a.weight_version == b.weight_version == "-1"
+        assert int(a.weight_version) < 0 and int(b.weight_version) < 0
         assert syncer.push(weights(1).items(), version=1).num_tensors == 5
         assert not a.paused and not b.paused
         assert a.weight_version == b.weight_version == "1" and same(a.loaded, weights(1))

@@ -135,7 +135,7 @@ def test_a_sharded_trainer_pushes_and_each_rank_of_the_server_reads_a_rank_of_it
 )
 def test_all_ranks_hear_of_a_failure_and_none_waits(tmp_path, via, fault):
     (texts, held), (others, _) = launch(sharded, 2, tmp_path, via, str(tmp_path / "w"), fault)
-    assert held[2] == "-1"
+    assert int(held[2]) < 0
     assert texts[0] == others[0] and "no memory is left" in texts[1]
     assert "rank 0 of the trainers failed: SyncError" in others[1]
 
@@ -205,7 +205,8 @@ def test_each_of_several_servers_reads_a_rank_of_the_trainer_which_is_of_one_mod
     assert len(of_first) == len(of_second) > 1 and not set(of_first) & set(of_second)
     assert "missing weights ['model.norm.weight']" in text
     assert "missing weights ['model.norm.weight']" in other
-    assert versions == (["1", "1"] if change == "collection" else ["-1", "-1"])
+    assert all((int(version) == 1) == (change == "collection") for version in versions)
+    assert all((int(version) < 0) != (change == "collection") for version in versions)
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -74,6 +74,47 @@ def test_a_server_that_was_started_again_goes_on(server, syncer_for):
         assert same(server.loaded, weights(version)) and server.weight_version == str(version)
 
 
+def test_trainers_in_step_are_told(server, syncer_for):
+    """One configuration started twice: each push of the second finds its version there."""
+    a, b = syncer_for(server), syncer_for(server)
+    for trainer, seed in ((a, 1), (b, 2)):
+        trainer.push(weights(seed).items(), version=1)
+    a.push(weights(3).items(), version=2)
+    with pytest.raises(SyncError, match=r"has weights of version 2; expected 1, .* another"):
+        b.push(weights(4).items(), version=2)
+    assert same(server.loaded, weights(3))
+
+
+class Failing(Server):
+    """Takes version 2, and fails then for a while, once."""
+
+    failing, failed = False, False
+
+    async def update_weight_version(self, body):
+        if self.failing:
+            raise Refusal(500, {"message": "it broke"})
+        self.failing = body["new_version"] == "2" and not self.failed
+        self.failed |= self.failing
+        return await super().update_weight_version(body)
+
+    async def continue_generation(self, body):
+        if self.failing:
+            self.calls.pop()  # it is still paused
+            raise Refusal(500, {"message": "it broke"})
+        return await super().continue_generation(body)
+
+
+def test_a_server_that_was_not_let_go_on_is_pushed_to_again(syncer_for):
+    with Failing("0.5.17") as server:
+        syncer = syncer_for(server)
+        with pytest.raises(SyncError, match="push again, which is a whole push"):
+            syncer.push(weights(1).items(), version=2)
+        assert server.weight_version == "2" and server.paused
+        server.failing = False
+        assert syncer.push(weights(2).items(), version=2).num_tensors == 5
+        assert same(server.loaded, weights(2)) and not server.paused
+
+
 def test_a_push_into_the_middle_of_another_is_no_success_of_both(server, syncer_for):
     a, b, told = syncer_for(server, bucket_bytes=1), syncer_for(server), []
 
@@ -85,19 +126,19 @@ def test_a_push_into_the_middle_of_another_is_no_success_of_both(server, syncer_
 
     with pytest.raises(SyncError, match="version 1 was not pushed") as caught:
         a.push(meanwhile(1, of_b), version=1)
-    assert server.weight_version == "-1"  # nobody takes it for a version
+    assert int(server.weight_version) < 0  # nobody takes it for a version
     if server.strict:  # the second session was refused, and ended the first one
         assert "a weight update is under way" in told[0]
     else:
         assert not told
-        assert "went to version '2' in the middle of this push; expected -1" in str(caught.value)
-        assert "may hold and serve a mixture of two versions; end one" in str(caught.value)
+        assert "went to version '2' in the middle of this push; expected" in str(caught.value)
+        assert "may hold and serve a mixture of two versions; end the other" in str(caught.value)
         assert "still paused" not in str(caught.value) and not server.paused
     b.push(weights(3).items(), version=3)
     assert same(server.loaded, weights(3)) and server.weight_version == "3" and not server.paused
 
 
-def test_whoever_ends_last_hears_of_the_other(syncer_for):
+def test_whoever_ends_first_hears_of_the_other_too(syncer_for):
     with Server("0.5.17") as server:  # sessions of 0.5.21 would not get that far
         a, b = syncer_for(server, bucket_bytes=1), syncer_for(server, bucket_bytes=1)
         begun, done, errors = threading.Event(), threading.Event(), []
@@ -114,8 +155,11 @@ def test_whoever_ends_last_hears_of_the_other(syncer_for):
             thread.start()
             assert begun.wait(30)
 
-        a.push(meanwhile(1, start_b), version=1)
+        with pytest.raises(SyncError, match=r"went to version '-\d+' in the middle"):
+            a.push(meanwhile(1, start_b), version=1)
         done.set()
         thread.join(30)
         (error,) = errors
-        assert "went to version '1' in the middle" in error and server.weight_version == "-1"
+        assert "in the middle of this push" in error and int(server.weight_version) < 0
+        a.push(weights(3).items(), version=3)
+        assert same(server.loaded, weights(3)) and not server.paused

@@ -384,3 +384,42 @@ def test_a_second_name_in_a_stream_may_be_another_tensor_in_the_same_memory(addr
     assert syncer.push(tied, version=1).num_tensors == len(known)
     syncer.close()
     receiver.close()
+
+
+class Slow(Target):
+    """Commits one after the other, as an engine does between its steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock, self.begun = threading.Lock(), threading.Event()
+
+    def commit_weights(self, tensors, *, version, alias=False):
+        self.begun.set()
+        with self.lock:
+            super().commit_weights(tensors, version=version, alias=alias)
+
+
+def test_a_commit_that_waited_for_another_does_not_take_it_back(tmp_path):
+    target, results = Slow(), []
+    receivers = [SharedMemoryReceiver(target, tmp_path / name) for name in "ab"]
+    newer, older = (SharedMemorySyncer(tmp_path / name, timeout=30) for name in "ab")
+
+    def push(syncer, version):
+        try:
+            results.append(syncer.push(random_tensors(version).items(), version=version).version)
+        except SyncError as error:
+            results.append(str(error))
+
+    with target.lock:
+        threads = [threading.Thread(target=push, args=(newer, 8))]
+        threads[0].start()
+        assert target.begun.wait(30)
+        threads.append(threading.Thread(target=push, args=(older, 7)))
+        threads[1].start()
+        time.sleep(0.3)  # for the second to come as far as it gets
+    for thread in threads:
+        thread.join(30)
+    assert results[0] == 8 and "version 7 is older than 8" in results[1]
+    assert target.weight_version == 8 and same(target.live, random_tensors(8))
+    for end in (newer, older, *receivers):
+        end.close()

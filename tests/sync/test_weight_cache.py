@@ -144,7 +144,7 @@ def test_the_server_stands_still_while_weights_change(make):
     server = world.server
     server.calls.clear()
     with syncer.updating(version=7):
-        assert (server.weight_version, server.held) == ("-1", True)
+        assert int(server.weight_version) < 0 and server.held
     assert server.weight_version == "7" and not server.held
     assert [path for path in server.calls if not path.endswith("_info")] == [
         "/pause_generation", "/flush_cache", "/update_weight_version",
@@ -173,11 +173,11 @@ def test_an_error_in_between_leaves_the_server_marked_until_the_next_whole_write
         trained.lm_head.weight.data.zero_()
         raise ZeroDivisionError
     assert "write all weights again" in caught.value.__notes__[0]
-    assert world.server.weight_version == "-1" and world.server.held
+    assert int(world.server.weight_version) < 0 and world.server.held
     syncer.close()
     # A trainer that starts again doesn't let the server go on either.
     syncer = world.syncer()
-    assert world.server.weight_version == "-1" and world.server.held
+    assert int(world.server.weight_version) < 0 and world.server.held
     syncer.push(kept.items(), version=1)
     assert world.server.weight_version == "1" and not world.server.held
     assert same(world.held, in_engine(world.model))
