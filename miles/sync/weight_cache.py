@@ -43,8 +43,8 @@ class SGLangWeightCacheSyncer:
     data or expert parallelism, and without speculative decoding, which SGLang refuses here.
 
     While weights change, the server is paused and emptied of cached prefixes and says that its
-    weight version is below 0. What fails in between leaves it so, and the trainer's parameters, being
-    the same memory, as half written: write all of them again, with `push` or in `updating`.
+    weight version is below 0. What fails in between leaves it so, and the trainer's parameters,
+    being the same memory, as half written: write all of them again, with `push` or in `updating`.
 
     Args:
         url: address of the server.
