@@ -92,8 +92,8 @@ def test_a_draft_made_anew_does_not_judge_answers_by_the_numbers_that_made_them(
     assert float(((got - 200) ** 2 / 200).sum()) < 14  # two degrees: once in a thousand times
 
 
-class Undecided:
-    """Draws at random whatever the temperature."""
+class Forgetful:
+    """A draft and its memory, without what it proposes."""
 
     feature_layers = ()
 
@@ -108,6 +108,10 @@ class Undecided:
 
     def free(self, slot):
         pass
+
+
+class Undecided(Forgetful):
+    """Draws at random whatever the temperature."""
 
     def propose(self, slots, *, num_steps, temperatures, uniforms_RK):
         tokens_RK = torch.zeros(len(slots), num_steps, dtype=torch.int64)
@@ -126,22 +130,8 @@ def test_a_choice_at_temperature_0_ends_only_that_request():
         assert len(sampled.result(30).response_tokens) == 8
 
 
-class Misshapen:
+class Misshapen(Forgetful):
     """Proposes integers of another kind."""
-
-    feature_layers = ()
-
-    def memory(self, **sizes):
-        return self
-
-    def extend(self, *settled):
-        pass
-
-    def move(self, source, target):
-        pass
-
-    def free(self, slot):
-        pass
 
     def propose(self, slots, *, num_steps, temperatures, uniforms_RK):
         return Proposal(tokens_RK=torch.zeros(len(slots), num_steps, dtype=torch.int32))
