@@ -400,15 +400,16 @@ class Slow(Target):
 
 
 def test_a_commit_that_waited_for_another_does_not_take_it_back(tmp_path):
-    target, results = Slow(), []
+    target, results = Slow(), {}
     receivers = [SharedMemoryReceiver(target, tmp_path / name) for name in "ab"]
     newer, older = (SharedMemorySyncer(tmp_path / name, timeout=30) for name in "ab")
 
     def push(syncer, version):
         try:
-            results.append(syncer.push(random_tensors(version).items(), version=version).version)
+            syncer.push(random_tensors(version).items(), version=version)
+            results[version] = "served"
         except SyncError as error:
-            results.append(str(error))
+            results[version] = str(error)
 
     with target.lock:
         threads = [threading.Thread(target=push, args=(newer, 8))]
@@ -419,7 +420,7 @@ def test_a_commit_that_waited_for_another_does_not_take_it_back(tmp_path):
         time.sleep(0.3)  # for the second to come as far as it gets
     for thread in threads:
         thread.join(30)
-    assert results[0] == 8 and "version 7 is older than 8" in results[1]
+    assert results[8] == "served" and "version 7 is older than 8" in results[7]
     assert target.weight_version == 8 and same(target.live, random_tensors(8))
     for end in (newer, older, *receivers):
         end.close()
