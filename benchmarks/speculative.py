@@ -171,9 +171,8 @@ def load(config: Config) -> tuple[Any, Any]:
     """The policy as the engine runs it, and its tokenizer or None."""
     if config.waves < 1 or not 0 < config.shortest <= 1 or config.repeats < 2:
         raise SystemExit(
-            f"--waves is {config.waves}, --shortest {config.shortest} and --repeats "
-            f"{config.repeats}; expected 1 or more waves, a share above 0 and up to 1, and 2 or "
-            "more repeats"
+            f"--waves {config.waves}, --shortest {config.shortest} and --repeats {config.repeats}; "
+            "expected 1 or more waves, a share above 0 and up to 1, and 2 or more repeats"
         )
     for name, folder in {"policy": config.policy, "draft": config.draft}.items():
         if folder is not None and not folder.is_dir():
@@ -488,9 +487,7 @@ def main(config: Config) -> None:
         else str(config.draft),
         "dtype": str(model.dtype).removeprefix("torch."), "draft_vocabulary": size,
     }  # fmt: skip
-    parts = [embedded] if config.embedded else []
-    parts += [servers] if config.server_site else []
-    for part in parts:
+    for part in [embedded] * config.embedded + [servers] * bool(config.server_site):
         for rows in part(config, model, draft, prompts):
             append(config.out, [common | row for row in rows])
         release()

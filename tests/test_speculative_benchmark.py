@@ -251,7 +251,7 @@ def test_a_run_that_is_cut_off_leaves_the_rows_that_it_had(
     [
         ({"policy": Path("nowhere")}, "--policy is nowhere, where there is no folder"),
         ({"draft": Path("nowhere")}, "--draft is nowhere.*export_draft"),
-        ({"waves": 0}, "--waves is 0"),
+        ({"waves": 0}, "--waves 0"),
         ({"repeats": 1}, "--repeats 1; expected .* 2 or more repeats"),
         ({"shortest": 0.0}, "--shortest 0.0"),
         ({"shortest": 1.5}, "--shortest 1.5"),

@@ -184,7 +184,7 @@ def test_a_push_that_breaks_off_leaves_the_server_paused_until_the_next(server):
         assert gap(engine, trained, version) < MEAN_GAP
 
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a GPU for each rank: two")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
 
 
 @two_gpus

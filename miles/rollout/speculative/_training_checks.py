@@ -15,10 +15,10 @@ from miles.rollout.speculative._capture import unwrapped
 __all__ = [
     "check_made_for",
     "check_optimizer",
-    "check_own",
     "check_settings",
     "check_state",
     "trouble_of",
+    "own_parameters",
 ]
 
 
@@ -36,8 +36,14 @@ def check_settings(
         raise SettingError(f"max_grad_norm is {max_grad_norm}; expected above 0, or None")
 
 
-def check_own(named: Mapping[str, nn.Parameter], policy: nn.Module | None) -> None:
-    """Raise `SettingError` unless there are parameters, none of them the policy's."""
+def own_parameters(draft: Any, policy: nn.Module | None) -> dict[str, nn.Parameter]:
+    """What a draft trains; `SettingError` if that is nothing, or some of it the policy's."""
+    if not hasattr(draft, "named_parameters"):
+        raise SettingError(
+            f"{type(draft).__name__} has no weights to train; expected a draft with some, such as "
+            "Eagle3Draft"
+        )
+    named = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     if not named:
         raise SettingError("the draft has no parameter that requires a gradient")
     policys = {id(p) for p in policy.parameters()} if policy is not None else set()
@@ -47,6 +53,7 @@ def check_own(named: Mapping[str, nn.Parameter], policy: nn.Module | None) -> No
             f"the draft's {shared[:8]} are parameters of the policy, which its optimizer would "
             "train; hold them by reference, outside named_parameters(), or freeze them"
         )
+    return named
 
 
 def check_made_for(draft: Any, policy: nn.Module | None, steps: int) -> None:

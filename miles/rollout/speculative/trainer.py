@@ -24,9 +24,9 @@ from miles.rollout.speculative._training_batch import Given, TrainingBatch
 from miles.rollout.speculative._training_checks import (
     check_made_for,
     check_optimizer,
-    check_own,
     check_settings,
     check_state,
+    own_parameters,
     trouble_of,
 )
 from miles.rollout.speculative.losses import Kind, MaskPolicy, check_loss_settings, loss_of_rows
@@ -184,13 +184,7 @@ class DraftTrainer:
         self.draft, self.policy = draft, policy
         self.version = 0
         """Grows by 1 with every step; the draft's own, whatever the policy's is."""
-        if not hasattr(draft, "named_parameters"):
-            raise SettingError(
-                f"{type(draft).__name__} has no weights to train; expected a draft with some, "
-                "such as Eagle3Draft"
-            )
-        self._named = {n: p for n, p in draft.named_parameters() if p.requires_grad}
-        check_own(self._named, policy)
+        self._named = own_parameters(draft, policy)
         check_made_for(draft, policy, steps)
         self._params = list(self._named.values())
         if optimizer is None:
