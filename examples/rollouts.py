@@ -96,17 +96,28 @@ class Rollouts:
     def generate(self, requests: list[Request], version: int) -> list[Sample]:
         """All answers, in order; of a dying engine's, those it had finished are kept."""
         samples: list[Sample | None] = [None] * len(requests)
+        # In ours all start together: what runs beside what, so how it rounds, can be repeated.
+        ours = isinstance(self._engine, HFEngine | EngineProcess)
 
         async def one(index: int) -> None:
             samples[index] = await self._engine.generate(*requests[index])
             self._log.advance()
 
-        async def missing() -> list[BaseException | None]:
-            todo = [one(index) for index, sample in enumerate(samples) if sample is None]
-            return await asyncio.gather(*todo, return_exceptions=True)
+        async def missing() -> list[BaseException]:
+            try:
+                if ours:
+                    await self._engine.pause()
+                todo = [one(index) for index, sample in enumerate(samples) if sample is None]
+                answers = asyncio.gather(*todo, return_exceptions=True)
+                await asyncio.sleep(0)  # each is in the engine's queue
+                if ours:
+                    await self._engine.resume()
+            except EngineDiedError as error:
+                return [error]
+            return [error for error in await answers if error is not None]
 
         for attempt in range(3):
-            errors = [error for error in asyncio.run(missing()) if error is not None]
+            errors = asyncio.run(missing())
             if not errors:
                 break
             if attempt == 2 or not isinstance(errors[0], EngineDiedError):

@@ -15,6 +15,7 @@ reward.png, checkpoints of the policy, and of the draft in `draft/`.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import math
@@ -82,9 +83,11 @@ def terms_of(text: str) -> list[int]:
 def answers_to(
     engine: Any, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Iterable[Any]
 ) -> list[Sample]:
-    """One answer to each prompt, from an engine of ours."""
+    """One answer to each prompt, from an engine of ours; all start together, as in `Rollouts`."""
     pairs = zip(prompts, seeds, strict=False)
+    asyncio.run(engine.pause())
     waiting = [engine.submit(prompt, replace(params, seed=seed)) for prompt, seed in pairs]
+    asyncio.run(engine.resume())
     return [answer.result() for answer in waiting]
 
 

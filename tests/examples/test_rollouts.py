@@ -1,4 +1,4 @@
-"""The engine of the examples dies exactly while weights go to it."""
+"""The engine of the examples dies exactly while weights go to it, or before it is asked."""
 
 import os
 import signal
@@ -40,9 +40,12 @@ def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_sam
             for index, pair in enumerate(model.named_parameters()):
                 if index == 3 and not self.killed and rollouts._engine.weight_version == 1:
                     self.killed = True
-                    os.kill(rollouts._engine.pid, signal.SIGKILL)
-                    rollouts._engine._process.join()
+                    kill()
                 yield pair
+
+    def kill():
+        os.kill(rollouts._engine.pid, signal.SIGKILL)
+        rollouts._engine._process.join()
 
     model, tokenizer, log = build_model(0), build_tokenizer(), Log()
     model.save_pretrained(tmp_path)
@@ -59,5 +62,8 @@ def test_an_engine_killed_in_the_middle_of_a_sync_gets_those_weights_all_the_sam
         prompt = tokenizer("1+2=")["input_ids"]
         samples = rollouts.generate([(prompt, params)] * 3, version=2)
         assert [sample.weight_versions for sample in samples] == [[2]] * 3
+        kill()
+        again = rollouts.generate([(prompt, params)] * 3, version=2)
+        assert [sample.tokens for sample in again] == [sample.tokens for sample in samples]
     finally:
         rollouts.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from miles.rollout import HFEngine
 from tests.examples.test_grpo_loop import rows
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "speculative_rl.py"
@@ -42,8 +43,15 @@ def numbers(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, script, capsys):
-    script("speculative_rl", *flags(tmp_path / "whole"))
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, script, capsys, monkeypatch):
+    def slow(*given, **named):
+        time.sleep(0.01)  # a step takes less: by the time that requests come does not decide
+        return submit(*given, **named)
+
+    submit = HFEngine.submit
+    with monkeypatch.context() as patch:
+        patch.setattr(HFEngine, "submit", slow)
+        script("speculative_rl", *flags(tmp_path / "whole"))
     text = " ".join(capsys.readouterr().out.split())
     assert "reward with the draft" in text and "standard errors apart" in text
     assert (tmp_path / "whole" / "acceptance.png").stat().st_size > 1000
