@@ -14,7 +14,7 @@ from torch import Tensor
 from miles.errors import SyncError
 from miles.protocols import WeightTarget
 from miles.sync._checksum import checksum
-from miles.sync._plan import check_version, match
+from miles.sync._plan import check_version, committing, match
 from miles.sync._steps import Manifest, Steps, UnreadableError
 from miles.sync.delta import Delta, apply_delta
 
@@ -109,15 +109,18 @@ class DiskReceiver:
             aliases = {name: tensors[first] for name, first in known.items()}
             wanted = match((tensors | aliases).items(), live)
             wanted = {name: wanted[name].to(tensor.dtype) for name, tensor in live.items()}
-            now = self._target.weight_version
-            if now != served:
-                raise SyncError(f"the engine went to version {now} meanwhile; expected one trainer")
+            with committing(self._target):
+                now = self._target.weight_version
+                if now != served:
+                    raise SyncError(
+                        f"the engine went to version {now} meanwhile; expected one trainer"
+                    )
+                self._target.commit_weights(wanted, version=version)
         except SyncError as error:
             kind = UnreadableError if isinstance(error, UnreadableError) else SyncError
             raise kind(
                 f"version {version} was not taken, {served} is still served: {error}"
             ) from error
-        self._target.commit_weights(wanted, version=version)
         self._loaded = manifest
         return version
 

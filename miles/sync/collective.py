@@ -36,7 +36,7 @@ from miles.sync._checksum import BLOCK
 from miles.sync._collective import Sender
 from miles.sync._inbox import Inbox
 from miles.sync._link import Link, PeerLostError
-from miles.sync._plan import as_version, at_once
+from miles.sync._plan import as_version, at_once, check_commit, committing
 from miles.sync._progress import bar
 from miles.sync._session import Specs, describe, specs_of
 from miles.sync._trainers import Trainers
@@ -297,7 +297,9 @@ class CollectiveReceiver:
             if served != version:
                 if alias:
                     self._buffers.reverse()
-                self._target.commit_weights(tensors, version=version, alias=alias)
+                with committing(self._target):
+                    check_commit(version, self._target.weight_version)
+                    self._target.commit_weights(tensors, version=version, alias=alias)
                 if alias and self._link.device.type == "cuda":
                     # What was served until now is written next.
                     torch.cuda.synchronize(self._link.device)

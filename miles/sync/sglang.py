@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -448,7 +449,10 @@ class SGLangSyncer:
         sent.wait(lambda: self._on_all(partial(load_folder, path=path), to))
         for old in path.parent.glob("version-*"):
             if old != path:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    warnings.warn(f"{old} is no longer used, and stays: {error}", stacklevel=2)
 
     def _on_all(self, call: Callable[[Client], T], clients: list[Client]) -> list[T]:
         return on_all(self._pool, call, clients)

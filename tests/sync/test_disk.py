@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from miles.errors import SyncError
 from miles.protocols import WeightSyncer
 from miles.sync import DiskReceiver, DiskSyncer, _steps
+from miles.sync._plan import committing
 from tests.models import params, serving, tiny
 from tests.sync.processes import launch
 from tests.sync.targets import Target, random_tensors, same, tensors
@@ -300,6 +302,19 @@ def test_an_engine_that_got_another_version_meanwhile_keeps_it(syncer, receiver,
     target.weight_tensors = while_another_pushes
     with pytest.raises(SyncError, match="the engine went to version 5 meanwhile; expected one"):
         receiver.receive_once()
+    assert target.weight_version == 5 and not target.seen
+
+
+def test_a_commit_waits_for_that_of_another_receiver(syncer, receiver, target):
+    push(syncer, 1)
+    with ThreadPoolExecutor(1) as pool:
+        with committing(target):
+            received = pool.submit(receiver.receive_once)
+            with pytest.raises(TimeoutError):
+                received.result(0.3)
+            target.weight_version = 5
+        with pytest.raises(SyncError, match="the engine went to version 5 meanwhile"):
+            received.result(30)
     assert target.weight_version == 5 and not target.seen
 
 

@@ -215,6 +215,13 @@ def test_by_disk_the_folder_is_whole_and_the_last_one_only(server, syncer_for, t
     assert "begin_weight_update" not in server.names()
 
 
+def test_by_disk_an_old_folder_that_cannot_go_is_warned_of(server, syncer_for, tmp_path):
+    (tmp_path / "version-0").write_text("a file")
+    with pytest.warns(UserWarning, match="version-0 is no longer used, and stays: .*directory"):
+        syncer_for(server, via="disk", folder=tmp_path).push(weights(1).items(), version=1)
+    assert same(server.loaded, weights(1))
+
+
 @pytest.mark.parametrize("started_with", ["auto", "dummy", "sharded_state"])
 def test_by_disk_the_format_is_not_the_one_the_server_was_started_with(
     server, syncer_for, tmp_path, started_with
