@@ -78,7 +78,10 @@ def server(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     model.cuda().eval()
-    made = SGLangServer(folder, args=FLAGS, env=ENV, cwd=folder, python=PYTHON, start_timeout=280)
+    made = SGLangServer(
+        folder, args=FLAGS, env=ENV, cwd=folder, python=PYTHON, start_timeout=280,
+        log=folder / "server.log",
+    )  # fmt: skip
     start = time.perf_counter()
     with made:
         print(f"the server has answered after {time.perf_counter() - start:.0f} s")
