@@ -194,7 +194,7 @@ class Speculation:
         """New weights for both engines, new ones of the draft for the first."""
         saved = self._folder / f"step-{version:06d}.pt"
         self._seeds = count(10**15 + version * 10**9)
-        if version and self.trainer.version == 0:  # resumed
+        if self._config.resume and self.trainer.version == 0:
             self.trainer.load_state_dict(torch.load(saved, weights_only=True))
         weights = list(weights)
         report, _ = [syncer.push(weights, version=version) for syncer in self._syncers]

@@ -6,13 +6,20 @@ Shapes: R requests in a step, V vocabulary entries.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Draws", "draw"]
+__all__ = ["Draws", "draw", "uniforms"]
 
 DRAWS = 256
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 by the golden ratio
+STRIDE = np.uint64(1 << 32)
+"""Numbers that belong to a step, whatever the number of draft tokens: another engine that goes on
+with an answer finds none that it has used."""
 
 
 class Draws:
@@ -49,3 +56,32 @@ def draw(
         tokens_R1 = torch.where(greedy_R1, logprobs_RV.argmax(-1, keepdim=True), tokens_R1)
     tokens_R1 = tokens_R1.clamp(max=logits_RV.shape[1] - 1)
     return tokens_R1[:, 0].tolist(), logprobs_RV.gather(-1, tokens_R1)[:, 0].tolist()
+
+
+def uniforms(
+    seeds: Sequence[int], steps: Sequence[int], count: int, salt: int = 0
+) -> NDArray[np.float64]:
+    """Float64 `[R, count]` in [0, 1): what R requests draw at their steps, each another number;
+    with another salt, all others.
+
+    SplitMix64 of a counter, so that any place of a request's stream costs the same. Steele, Lea and
+    Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+
+    Example:
+        >>> uniforms([7, 7], [0, 1], 2).round(3).tolist() == [
+        ...     uniforms([7], [0], 2)[0].round(3).tolist(),
+        ...     uniforms([7], [1], 2)[0].round(3).tolist()]
+        True
+    """
+    salted = [(seed + salt * int(GOLDEN)) % 2**64 for seed in seeds]
+    seed_R1 = np.array(salted, dtype=np.uint64)[:, None]
+    first_R1 = np.array(steps, dtype=np.uint64)[:, None] * STRIDE
+    place_RU = first_R1 + np.arange(1, count + 1, dtype=np.uint64)
+    bits_RU = _mixed(_mixed(seed_R1) + np.multiply(place_RU, GOLDEN, dtype=np.uint64))
+    return (bits_RU >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

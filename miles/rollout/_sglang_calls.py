@@ -299,8 +299,10 @@ class Calls:
         """Let the servers, and what is not sent yet, wait."""
         async with self._pausing:
             self._gate.clear()
-            self._servers.paused = mode
+            held, self._servers.paused = self._servers.paused == "in_place", mode
             try:
+                if held and mode == "abort":  # they would never end, and servers wait for them
+                    await self._servers.everywhere(lambda server: server.pause("retract"))
                 await self._servers.everywhere(lambda server: server.pause(mode))
             except EngineError:  # some may be paused, some not: all go on
                 self._servers.paused = None

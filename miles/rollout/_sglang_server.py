@@ -111,6 +111,7 @@ class SGLangServer:
         self._start_timeout, self._stop_timeout = start_timeout, stop_timeout
         self._api_key = api_key
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: int | None = None  # until it is cleaned up: later the number may be another's
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._started = self._told = False  # it has answered; an error told of its death
@@ -163,6 +164,7 @@ class SGLangServer:
         self._clean_up()
         _bind(self._host, self.port)  # a server of someone else would answer in the place of ours
         self._process, self._stopped = self._spawned(), False
+        self._group = self._process.pid
         try:
             # Its own group, so that neither Ctrl-C nor the end of the server's ends it.
             self._watchdog = subprocess.Popen(
@@ -243,21 +245,22 @@ class SGLangServer:
 
     def _clean_up(self) -> None:
         """Make sure that nothing is left of the group, then that nobody watches it."""
-        if self._process is not None:
-            self._signal(signal.SIGKILL)  # children too, which outlive a parent that was killed
-            self._process.wait()
+        self._signal(signal.SIGKILL)  # children too, which outlive a parent that was killed
         if self._watchdog is not None:
             self._watchdog.kill()
             self._watchdog.communicate()
             self._watchdog = None
-        if self._reader is not None:
+        if self._process is not None:
+            self._process.wait()
+        self._group = None
+        if self._reader not in (None, threading.current_thread()):  # `on_line` may stop it
             self._reader.join()
-            self._reader = None
+        self._reader = None
 
     def _signal(self, number: int) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+        if self._group is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._group, number)
 
     def _wait(self) -> None:
         """Until it has answered: that it listens means nothing yet."""

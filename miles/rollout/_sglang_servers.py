@@ -148,6 +148,8 @@ class Servers:
             told: PauseMode | Literal["nothing"] | None = "nothing"
             while told != self.paused:
                 told = self.paused
+                if told == "abort":  # it may hold requests in place, which never end
+                    await server.pause("retract")
                 await (server.resume() if told is None else server.pause(told))
             self._check_version(server)
             self.weight_version = server.weight_version

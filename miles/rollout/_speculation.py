@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from miles.errors import EngineError, SettingError, ShapeError
 from miles.rollout._features import UntoldFeatures
 from miles.rollout._requests import Request
 from miles.rollout._routing import StepRouting
+from miles.rollout._sampling import uniforms
 from miles.rollout._step_costs import StepCosts, Stopwatch
 from miles.rollout.sample import Sample
 from miles.rollout.speculative.draft import Draft, Proposal
@@ -29,15 +29,13 @@ from miles.rollout.speculative.stats import AcceptanceStats
 from miles.rollout.speculative.verify import verify_chain
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from miles.rollout._kv import SlotMemory
 
-__all__ = ["Speculation", "StepController", "uniforms"]
+__all__ = ["Speculation", "StepController"]
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 by the golden ratio
 SUM_TOLERANCE = 1e-3
-STRIDE = np.uint64(1 << 32)
-"""Numbers that belong to a step, whatever the number of draft tokens: another engine that goes on
-with an answer finds none that it has used."""
 MAX_WAITING = 8192
 """Tokens of all requests whose features are kept for the draft while it is not used. Where older
 ones are gone, it begins anew after the gap."""
@@ -78,9 +76,10 @@ class _Inputs:
 class Speculation:
     """A draft beside the target: what it remembers of each request, and the steps of both.
 
-    The random numbers of a step depend on the request's seed and on how many tokens it has
-    generated, not on its company nor on what came before, so that a resumed sample goes on with
-    numbers that it has not used.
+    The random numbers of a step depend on the request's seed, on how many tokens it has generated
+    and, where the draft copies from earlier answers, on all that it remembers (`DraftMemory`), not
+    on the request's company nor on what came before, so that a resumed sample goes on with numbers
+    that it has not used.
     """
 
     def __init__(
@@ -141,6 +140,13 @@ class Speculation:
                 state = self._states[request] = _State(request.num_generated - counted)
                 owners[state] = (row, len(request.sample.tokens) - 1)
         self._settle(owners)
+
+    def draws(self, requests: Sequence[Request]) -> list[float]:
+        """What the target draws a token of its own with: at a prompt's end, and in plain steps."""
+        if salt := self._salt:
+            own: list[float] = self._salted(requests, salt)[:, -1].tolist()
+            return own
+        return [request.draws[request.num_generated] for request in requests]
 
     def step(self, requests: Sequence[Request], weight_version: int) -> bool:
         """One pass of the target over proposals, and the tokens that come of it, one to W for each
@@ -236,20 +242,28 @@ class Speculation:
             for request in requests
         ]
 
-    def _inputs(self, requests: Sequence[Request], salt: int = 0) -> _Inputs:
-        """Numbers of a step for the device, in one transfer."""
-        # For each proposal and for each verdict one, K the largest, and what the target draws its
-        # own token with: as it does in a step without the draft, unless that would tell of answers.
-        draws_RU = uniforms(
-            [request.draws.seed + salt * int(GOLDEN) for request in requests],
+    @property
+    def _salt(self) -> int:
+        salt: int = getattr(self._draft, "salt", 0)
+        return salt
+
+    def _salted(self, requests: Sequence[Request], salt: int) -> NDArray[np.float64]:
+        """`[R, 2 K + 1]`: a number for each proposal and each verdict, K the largest, and what the
+        target draws its own token with."""
+        return uniforms(
+            [request.draws.seed for request in requests],
             [request.num_generated for request in requests],
-            2 * self._max_steps + bool(salt),
+            2 * self._max_steps + 1,
+            salt,
         )
-        columns = [draws_RU]
-        if not salt:
-            columns.append(np.array([[r.draws[r.num_generated]] for r in requests]))
-        columns.append(np.array([[request.params.temperature] for request in requests]))
-        packed = torch.from_numpy(np.hstack(columns))
+
+    def _inputs(self, requests: Sequence[Request], salt: int) -> _Inputs:
+        """Numbers of a step for the device, in one transfer."""
+        draws_RU = self._salted(requests, salt)
+        if not salt:  # the target's own are those of an engine without a draft
+            draws_RU[:, -1] = [request.draws[request.num_generated] for request in requests]
+        temperatures_R1 = np.array([[request.params.temperature] for request in requests])
+        packed = torch.from_numpy(np.hstack([draws_RU, temperatures_R1]))
         if self._memory.device.type == "cuda":
             packed = packed.pin_memory()
         packed = packed.to(self._memory.device, non_blocking=True)
@@ -265,7 +279,8 @@ class Speculation:
         usual = self._extend(ours)
         if any(request.ended for request in ours):
             return None
-        proposal, num_steps, inputs = None, max(lengths), self._inputs(requests)
+        salt = self._salt
+        proposal, num_steps, inputs = None, max(lengths), self._inputs(requests, salt)
         draws_RK = inputs.draws_RU[:, :num_steps]
         with self._draft_of(ours, "propose"):
             proposal = self._draft.propose(
@@ -278,8 +293,8 @@ class Speculation:
             if proposal.lengths is not None:
                 for row, length in zip(asked, proposal.lengths, strict=True):
                     lengths[row] = min(lengths[row], length)
-            if proposal.salt:
-                inputs = self._inputs(requests, proposal.salt)
+            if (now := self._salt) != salt:  # it may have read what was remembered meanwhile
+                inputs = self._inputs(requests, now)
             proposal = _spread(proposal, asked, lengths, self._memory.device)
         if proposal is None or any(request.ended for request in ours):
             return None
@@ -319,8 +334,8 @@ class Speculation:
                 request.fail(
                     EngineError(
                         f"the draft ({self._name}) proposed tokens that are not in the vocabulary, "
-                        "or probabilities that do not sum to 1, are 0 for a proposed token, or "
-                        "leave a choice at temperature 0; expected ids in "
+                        "or probabilities that are negative, do not sum to 1, are 0 for a proposed "
+                        "token, or leave a choice at temperature 0; expected ids in "
                         f"0..{self._vocab_size - 1}, drawn from the probabilities"
                     )
                 )
@@ -362,6 +377,7 @@ class Speculation:
         if proposal.probs_RKV is not None:
             chosen_RK = proposal.probs_RKV.gather(-1, known_RK[..., None])[..., 0]
             right_RK &= (proposal.probs_RKV.sum(-1) - 1).abs() < SUM_TOLERANCE
+            right_RK &= proposal.probs_RKV.amin(-1) >= 0
             right_RK &= chosen_RK > 0
             right_RK &= (chosen_RK > 1 - SUM_TOLERANCE) | (temperatures_R[:, None] > 0)
         used_RK = torch.arange(tokens_RK.shape[1], device=tokens_RK.device) < lengths_R[:, None]
@@ -441,10 +457,13 @@ def _check_shapes(proposal: Proposal, expected: tuple[int, int, int]) -> None:
         raise ShapeError(
             f"lengths are {lengths}; expected {expected[0]} numbers of 0 to {expected[1]}"
         )
-    if proposal.probs_RKV is not None and proposal.probs_RKV.shape != expected:
+    probs = proposal.probs_RKV
+    if probs is not None and (
+        probs.shape != expected or probs.dtype not in (torch.float32, torch.float64)
+    ):
         raise ShapeError(
-            f"probs_RKV has shape {tuple(proposal.probs_RKV.shape)}; expected {expected}, over the "
-            "target's vocabulary"
+            f"probs_RKV is {probs.dtype} of shape {tuple(probs.shape)}; expected float32 or "
+            f"float64 of shape {expected}, over the target's vocabulary"
         )
 
 
@@ -465,28 +484,3 @@ def _spread(
             all_RKV = probs_RKV.new_zeros((num_rows, *probs_RKV.shape[1:]))
             probs_RKV = all_RKV.index_copy_(0, index, probs_RKV)
     return Proposal(tokens_RK=tokens_RK, probs_RKV=probs_RKV, lengths=tuple(lengths))
-
-
-def uniforms(seeds: Sequence[int], steps: Sequence[int], count: int) -> NDArray[np.float64]:
-    """Float64 `[R, count]` in [0, 1): what R requests draw at their steps, each another number.
-
-    SplitMix64 of a counter, so that any place of a request's stream costs the same. Steele, Lea and
-    Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-
-    Example:
-        >>> uniforms([7, 7], [0, 1], 2).round(3).tolist() == [
-        ...     uniforms([7], [0], 2)[0].round(3).tolist(),
-        ...     uniforms([7], [1], 2)[0].round(3).tolist()]
-        True
-    """
-    seed_R1 = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)[:, None]
-    first_R1 = np.array(steps, dtype=np.uint64)[:, None] * STRIDE
-    place_RU = first_R1 + np.arange(1, count + 1, dtype=np.uint64)
-    bits_RU = _mixed(_mixed(seed_R1) + np.multiply(place_RU, GOLDEN, dtype=np.uint64))
-    return (bits_RU >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))

@@ -62,8 +62,9 @@ class HFEngine:
         weight_version: version of the weights that the model holds now.
         row_tile: decoding steps run a multiple of so many rows (or `max_batch`, if that is less).
             With bf16 on a CPU a request's tokens and log-probs then have the same bits whatever
-            else is in the batch; elsewhere, and with a draft, its random draws are the same and
-            log-probs differ by the kernels' rounding.
+            else is in the batch; elsewhere, and with a draft, its random draws are the same (with
+            `NgramDraft`, while what is remembered is) and log-probs differ by the kernels'
+            rounding.
         cuda_graphs: on a CUDA device, capture decoding steps as CUDA graphs, one for each shape.
             Call `commit_weights` (or a syncer) after moving the model's parameters to other memory.
         draft: proposes tokens that the model then judges, several in one pass. Answers come from
@@ -425,7 +426,10 @@ class HFEngine:
 
     def _sample(self, requests: list[Request], logits_RV: Tensor) -> None:
         temperatures = [r.params.temperature for r in requests]
-        draws = [r.draws[r.num_generated] for r in requests]
+        if self._speculation is None:
+            draws = [r.draws[r.num_generated] for r in requests]
+        else:
+            draws = self._speculation.draws(requests)
         tokens, logprobs = draw(logits_RV, temperatures, draws)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             request.take(

@@ -63,12 +63,8 @@ class BucketSender(Sender):
 
     def push(self, weights: Weights, *, version: int) -> SyncReport:
         """See `Sender.push`."""
-        try:
-            with self._memory.scope(), torch.no_grad():
-                return super().push(weights, version=version)
-        except BaseException:
-            self.close()  # what was half sent is forgotten on both sides
-            raise
+        with self._memory.scope(), torch.no_grad():
+            return super().push(weights, version=version)
 
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
         return _BucketSession(connection, hello, self._memory, self._bucket_bytes, self._progress)

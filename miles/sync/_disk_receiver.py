@@ -119,7 +119,8 @@ class DiskReceiver:
         except SyncError as error:
             kind = UnreadableError if isinstance(error, UnreadableError) else SyncError
             raise kind(
-                f"version {version} was not taken, {served} is still served: {error}"
+                f"version {version} was not taken, {self._target.weight_version} is still served: "
+                f"{error}"
             ) from error
         self._loaded = manifest
         return version

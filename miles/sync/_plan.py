@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
 import weakref
@@ -54,11 +55,16 @@ def check_commit(version: int, served: int) -> None:
 
 def committing(target: Any) -> threading.RLock:
     """What all receivers of a target hold from `check_commit` to the end of a commit."""
+    key = id(target)  # it need not be hashable
     with _MAKING:
-        return _COMMITS.setdefault(target, threading.RLock())
+        if key not in _COMMITS:
+            _COMMITS[key] = threading.RLock()
+            with contextlib.suppress(TypeError):  # with `__slots__`: the lock is left behind
+                weakref.finalize(target, _COMMITS.pop, key, None)
+        return _COMMITS[key]
 
 
-_COMMITS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_COMMITS: dict[int, threading.RLock] = {}
 _MAKING = threading.Lock()
 
 

@@ -45,6 +45,7 @@ _LENGTH = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
 _LONGEST = 1 << 28
 _MAX_FDS = 4
+_PAUSE = 0.1
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -72,7 +73,8 @@ class Sender(ABC):
 
     def __init__(self, address: str | Path, *, timeout: float = 120.0) -> None:
         self._address, self._timeout = str(address), timeout
-        self._session: Any = None
+        self._session: Session | None = None
+        self._connection: socket.socket | None = None
 
     @abstractmethod
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
@@ -90,21 +92,22 @@ class Sender(ABC):
         start = time.perf_counter()
         version = as_version(version)
         try:
+            if self._connection is not None and _hung_up(self._connection):
+                self.close()  # what it served says nothing of what is served there now
             if self._session is None:
                 self._session = self._connect()
-            report: SyncReport = self._session.push(weights, version, start)
-            return report
-        except OSError as error:
+            return self._session.push(weights, version, start)
+        except BaseException as error:
             reached = self._session is not None
-            self.close()
-            what = "the receiver went away" if reached else "no receiver answers"
-            raise SyncError(
-                f"{what} at {self._address}, so version {version} was not pushed"
-                f"{', or only its answer was lost' if reached else ''} "
-                f"({type(error).__name__}: {error}); expected a {self.receiver} there; start "
-                "the engine (again) and push again"
-            ) from error
-        except RuntimeError as error:
+            self.close()  # both sides forget what was half sent, and an answer that may yet come
+            if isinstance(error, OSError):
+                what = "the receiver went away" if reached else "no receiver answers"
+                raise SyncError(
+                    f"{what} at {self._address}, so version {version} was not pushed"
+                    f"{', or only its answer was lost' if reached else ''} "
+                    f"({type(error).__name__}: {error}); expected a {self.receiver} there; start "
+                    "the engine (again) and push again"
+                ) from error
             if is_of_the_wire(error):
                 raise lost(error) from error
             raise
@@ -113,7 +116,7 @@ class Sender(ABC):
         """Let go of the connection and the buffers."""
         if self._session is not None:
             self._session.close()
-            self._session = None
+        self._session = self._connection = None
 
     def _connect(self) -> Session:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -126,7 +129,9 @@ class Sender(ABC):
                 raise ConnectionResetError("the connection was closed")
             if "error" in hello:
                 raise SyncError(hello["error"])
-            return self._open(connection, hello, fds)
+            session = self._open(connection, hello, fds)
+            self._connection = connection
+            return session
         except BaseException:
             connection.close()
             raise
@@ -138,20 +143,27 @@ class Listener(ABC):
     Args:
         target: the engine.
         address: path of the socket to make; an old one is replaced.
+
+    Raises:
+        SettingError: a path at which no socket can be, or something else is.
     """
 
     def __init__(self, target: WeightTarget, address: str | Path) -> None:
         self._target = target
         self._address = Path(address)
-        self._address.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            if self._address.is_socket():
+                self._address.unlink(missing_ok=True)
             self._listener.bind(str(address))
         except OSError as error:
+            self._listener.close()
             raise SettingError(
                 f"cannot listen at {address!s} ({error}); expected a path of a folder that exists, "
-                "of at most about 100 characters, as Unix sockets demand"
+                "at which there is nothing or a socket, of at most about 100 characters, as Unix "
+                "sockets demand"
             ) from error
+        self._made = self._there()
         os.chmod(address, 0o600)
         self._listener.listen(8)
         self._current: tuple[socket.socket, int, threading.Thread] | None = None
@@ -160,12 +172,22 @@ class Listener(ABC):
 
     def close(self) -> None:
         """Listen no more, and hang up; what was committed stays, and a commit under way ends."""
+        if self._closed:
+            return
         self._closed = True
+        if self._there() == self._made:  # and not the socket of a successor
+            self._address.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # ends the accept under way
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._address.unlink(missing_ok=True)
         self._hang_up()
+
+    def _there(self) -> tuple[int, int] | None:
+        """What is at the address; one that listens keeps its number from being given again."""
+        with contextlib.suppress(OSError):
+            found = self._address.lstat()
+            return found.st_dev, found.st_ino
+        return None
 
     @abstractmethod
     def _serve_one(self, connection: socket.socket) -> None:
@@ -175,8 +197,11 @@ class Listener(ABC):
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(_PAUSE)  # for want of descriptors, say; the sender waits in the queue
+                continue
             try:
                 _check_peer(connection, "a weight sender")
             except SyncError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 from miles.errors import MissingExtraError, SettingError, SyncError
@@ -68,6 +70,8 @@ class Client:
         self.weight_cache = False
         self.draft = False
         self.only_reads = False
+        self.mixed = False
+        """Whether it holds a part of an update, as far as is known."""
         self._key, self._admin_key = api_key, admin_key or api_key
         self._assumed = assume_version
         self._told: str | None = None  # the version that it was given last
@@ -84,6 +88,16 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+    @contextlib.contextmanager
+    def hurrying(self, seconds: float) -> Iterator[None]:
+        """Calls that begin in here wait no longer than that."""
+        patient = self._http.timeout
+        self._http.timeout = min(seconds, patient.read or seconds)
+        try:
+            yield
+        finally:
+            self._http.timeout = patient
 
     def weight_version(self) -> int:
         """Ask for the weights' version, and what the server is.
@@ -108,6 +122,7 @@ class Client:
         if known is not None and said != known:
             self._learn(self._get("/server_info"))
         if said in (None, "default"):
+            self.mixed = False
             return 0
         try:
             version = int(said)
@@ -122,7 +137,8 @@ class Client:
                 "that this syncer saw or gave: another trainer pushes to it, which has to end, or "
                 "it was started again with a later --weight-version; make a new syncer to go on"
             )
-        return MIXED if self._marked or version < 0 else version
+        self.mixed = self._marked or version < 0
+        return MIXED if self.mixed else version
 
     def meet(self, version: int) -> None:
         """What the server had when this trainer first came counts as given."""
@@ -142,13 +158,14 @@ class Client:
     def say(self, version: int) -> None:
         """Give the weights a version, or this trainer's mark."""
         if version == MIXED:
-            self._marked = True  # before, as below: the call or its answer may be lost
+            self.mixed = self._marked = True  # before, as below: the call or its answer may be lost
         else:
             self._given = version
         told = str(self._mark if version == MIXED else version)
         # By default this call aborts every request.
         self.post("/update_weight_version", {"new_version": told, "abort_all_requests": False})
-        self._told, self._marked = told, version == MIXED
+        self._told = told
+        self.mixed = self._marked = version == MIXED
 
     def post(self, path: str, body: dict[str, Any] | None = None, **query: Any) -> Any:
         """Call a control endpoint; its answer, where it says that it succeeded.

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed import distributed_c10d
-from torch.distributed.rendezvous import rendezvous
 
 from miles.errors import SyncError
 from miles.sync._sglang_client import Client
 from miles.sync._sglang_payload import FlatBucket
 from miles.sync._sglang_push import ended, on_all
 
-__all__ = ["Broadcasts", "Group", "join"]
+__all__ = ["Broadcasts", "Group", "join", "listen"]
 
 LEAVE_SECONDS = 20.0
 """How long the end of a group may take."""
@@ -62,6 +62,12 @@ class Broadcasts:
             return
         address, port = self._master
         size = 1 + sum(client.tp_size for client in self._clients)
+        where = f"{address}:{port}"
+        try:
+            # Before servers are called: they would wait in their scheduler for who never comes.
+            store = listen(address, port, size=size, timeout=self._timeout)
+        except (RuntimeError, ValueError) as error:
+            raise _no_group(where, error) from error
         calls, offset = [], 1
         # A server may have one that a trainer before us left behind, and waits if told to end it.
         name = f"miles_weights_{uuid.uuid4().hex}"
@@ -74,18 +80,14 @@ class Broadcasts:
             offset += client.tp_size
         try:
             self._group = Group(
-                address, port, size=size, name=name, backend=self._backend, timeout=self._timeout
+                store, size=size, name=name, backend=self._backend, timeout=self._timeout
             )
         except (RuntimeError, ValueError) as error:
             failed = [call.exception() for call in calls if call.done() and call.exception()]
-            reason = failed[0] if failed else str(error).splitlines()[0]
-            raise SyncError(
-                f"no process group with the servers at {address}:{port}: {reason}; expected a "
-                "free port of this host, and an address by which servers reach it"
-            ) from error
+            raise _no_group(where, failed[0] if failed else error) from error
         try:
             ended(calls, None)
-        except SyncError:
+        except BaseException:
             self.leave(by_force=True)
             raise
 
@@ -141,21 +143,17 @@ class Group:
     """Rank 0 of a group of its own, beside whatever groups the trainer has.
 
     Args:
-        address: of this host, as the servers reach it.
-        port: free on this host.
+        store: where its ranks meet.
         size: ranks of all servers, and this one.
         name: as given to the servers.
         backend: "nccl", or "gloo" on the CPU.
         timeout: seconds to wait for the servers.
     """
 
-    def __init__(
-        self, address: str, port: int, *, size: int, name: str, backend: str, timeout: float
-    ) -> None:
+    def __init__(self, store: Store, *, size: int, name: str, backend: str, timeout: float) -> None:
         self.name = name
         self._timeout, self._lost = timeout, False
-        self._group = join(address, port, rank=0, size=size, name=name, backend=backend,
-                           timeout=timeout)  # fmt: skip
+        self._group = join(store, size=size, name=name, backend=backend, timeout=timeout)
 
     def broadcast(self, flat: Tensor) -> Broadcast:
         """Start to send; see `finish`."""
@@ -252,17 +250,33 @@ def _queued(group: Any, flat: Tensor) -> Any:
     return event
 
 
-def join(
-    address: str, port: int, *, rank: int, size: int, name: str, backend: str, timeout: float
-) -> Any:
+def _no_group(where: str, reason: BaseException | None) -> SyncError:
+    return SyncError(
+        f"no process group with the servers at {where}: {str(reason).splitlines()[0]}; expected a "
+        "free port of this host, and an address by which servers reach it"
+    )
+
+
+def listen(address: str, port: int, *, size: int, timeout: float) -> Store:
+    """Where ranks meet, on this host; nobody has to be there yet.
+
+    Not by torch's `rendezvous`, which waits for all, and under torchrun does not listen at all.
+
+    Raises:
+        RuntimeError: the port is taken.
+    """
+    return TCPStore(
+        address, port, size, is_master=True, timeout=timedelta(seconds=timeout),
+        wait_for_workers=False, multi_tenant=True,
+    )  # fmt: skip
+
+
+def join(store: Store, *, size: int, name: str, backend: str, timeout: float) -> Any:
     """A process group as SGLang makes it: apart from the default one, which need not exist."""
     limit = timedelta(seconds=timeout)
-    method = f"tcp://{address}:{port}"
-    store, _, _ = next(rendezvous(method, rank, size, timeout=limit))
-    store.set_timeout(limit)
     named: Any = name
     group, _ = distributed_c10d._new_process_group_helper(
-        size, rank, [], dist.Backend(backend), distributed_c10d.PrefixStore(name, store),
+        size, 0, [], dist.Backend(backend), distributed_c10d.PrefixStore(name, store),
         group_name=named, timeout=limit,
     )  # fmt: skip
     # As for a group made by `new_group`; `destroy_process_group` wants it.

@@ -114,7 +114,8 @@ def flat_buckets(
             start = -(-used // align) * align
             used = start + tensor.nbytes
             data = tensor.contiguous().reshape(-1).view(torch.uint8)
-            bucket.flat[start:used].copy_(data, non_blocking=device == "cuda")
+            # From pinned memory of the host it would go on while a generator fills that again.
+            bucket.flat[start:used].copy_(data, non_blocking=data.is_cuda and bucket.flat.is_cuda)
             bucket.metadata.append(described(name, tensor, start))
     if bucket is not None:
         yield _finished(bucket, used)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +16,11 @@ from miles.errors import SyncError
 from miles.sync._buckets import whole
 from miles.sync._plan import check_filled
 from miles.sync._sglang_client import Client, LateError
-from miles.sync._sglang_payload import FlatBucket, InPlace, flat_buckets
-from miles.sync._steps import is_disk_full
+from miles.sync._sglang_payload import FlatBucket, InPlace
 
 __all__ = [
-    "Model", "Queue", "Sent", "check_able", "ended", "load_folder", "noted", "on_all", "stop",
-    "write_folder",
+    "Model", "Queue", "Sent", "check_able", "check_together", "ended", "noted", "on_all",
+    "pause_by", "stop",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -61,8 +57,11 @@ class Queue:
     def _settle(self, under_way: int) -> None:
         try:
             while len(self._under_way) > under_way:
-                self._sent.wait(self._under_way.popleft())
-        except BaseException:
+                self._sent.wait(self._under_way[0])
+                self._under_way.popleft()
+        except BaseException as error:
+            if isinstance(error, Exception):  # Ctrl-C leaves it under way
+                self._under_way.popleft()
             self.abandon()  # other ranks free their slabs when they hear of it
             raise
 
@@ -185,6 +184,21 @@ def check_able(
             )
 
 
+def pause_by(client: Client, mode: str) -> None:
+    """Pause a server, whoever paused it before.
+
+    SGLang waits for the end of the requests that it aborts (0.5.17), and takes no
+    /continue_generation meanwhile. Those that somebody has paused in place would never end: they
+    run again for that, or, on weights that are not to run, are moved back to the queue, and end in
+    there.
+    """
+    if mode == "abort" and client.mixed:
+        client.post("/pause_generation", {"mode": "retract"})
+    elif mode == "abort":
+        client.post("/continue_generation")
+    client.post("/pause_generation", {"mode": mode})
+
+
 def stop(client: Client, pause: str | None) -> None:
     """Pause a server, unless it was, and empty it of cached prefixes.
 
@@ -193,28 +207,60 @@ def stop(client: Client, pause: str | None) -> None:
     """
     try:
         if pause is not None:
-            client.post("/pause_generation", {"mode": pause})
+            pause_by(client, pause)
     except LateError as error:
-        raise SyncError(f"{error}. {_IN_PLACE}") from error
+        raise SyncError(
+            f"{error}. A server that was told by another client to abort requests which were "
+            "paused in place waits for them for good, and has to be started again"
+        ) from error
     try:
         client.post("/flush_cache", timeout=FLUSH_SECONDS)
     except SyncError as error:
         if pause is not None or isinstance(error, LateError):
             raise
-        raise SyncError(f"{error}. {_IN_PLACE}") from error
-
-
-_IN_PLACE = (
-    "Requests that were paused in place never end: if there are such, let them go on first "
-    "(/continue_generation, an engine's resume()), or pause them with 'abort' or 'retract'"
-)
+        raise SyncError(
+            f"{error}. Requests that were paused in place never end: if there are such, let them "
+            "go on first (/continue_generation, an engine's resume()), or pause them with 'abort' "
+            "or 'retract'"
+        ) from error
 
 
 def on_all(pool: Executor, call: Callable[[Client], T], clients: Iterable[Client]) -> list[T]:
     """Call all at once; every call ends before the first error is raised."""
-    futures = [pool.submit(call, client) for client in clients]
-    wait(futures)
+    futures: list[Future[T]] = []
+    try:
+        for client in clients:
+            futures.append(pool.submit(call, client))
+        wait(futures)
+    finally:
+        wait(futures)  # after Ctrl-C too: what comes next is not to overtake them
     return [future.result() for future in futures]
+
+
+def check_together(
+    weights: Iterable[tuple[str, Tensor]],
+    model: Model,
+    verify: Sequence[str],
+    check: Callable[[str, Tensor], None],
+) -> None:
+    """Raise `SyncError` for what would be found in the middle of weights that are all there.
+
+    Args:
+        weights: (name, tensor) pairs.
+        model: which names and shapes are right.
+        verify: names that have to be among them.
+        check: raises for a tensor that cannot be sent.
+    """
+    names: set[str] = set()
+    for name, tensor in weights:
+        if name in names:
+            raise SyncError(f"{name} came twice; expected each weight once")
+        names.add(name)
+        model.check(name, tensor.shape)
+        check_filled(name, tensor)
+        check(name, tensor)
+    model.check_end(names)
+    _check_verify(verify, names)
 
 
 def noted(
@@ -236,7 +282,11 @@ def noted(
             sent.rows[name] = whole(tensor.detach())[:ROWS].float().cpu()
         yield name, tensor
     model.check_end(sent.shapes)
-    if missing := set(verify) - sent.rows.keys():
+    _check_verify(verify, sent.rows)
+
+
+def _check_verify(verify: Sequence[str], names: Collection[str]) -> None:
+    if missing := set(verify).difference(names):
         raise SyncError(f"verify names {sorted(missing)}, which were not among the weights")
 
 
@@ -250,52 +300,3 @@ def ended(calls: list[Future[Any]], bucket: FlatBucket | InPlace | None) -> None
             if bucket is None:
                 raise
             raise SyncError(f"the bucket of {bucket.names} was not loaded: {error}") from error
-
-
-def write_folder(weights: Iterable[tuple[str, Tensor]], path: Path, bucket_bytes: int) -> int:
-    """A folder of safetensors, there as a whole or not at all; returns the number of files.
-
-    Raises:
-        SyncError: no weights were given, or the disk does not take them.
-    """
-    from safetensors.torch import save_file
-
-    part = path.with_name(f".{path.name}.part")
-    places: dict[str, str] = {}
-    number = 0
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for bucket in flat_buckets(weights, bucket_bytes=bucket_bytes, device="cpu"):
-            number += 1
-            file = f"model-{number:05}.safetensors"
-            tensors = {
-                w.name: bucket.flat[w.start_idx : w.end_idx].view(w.dtype).view(w.shape)
-                for w in bucket.metadata
-            }
-            save_file(tensors, part / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, file)
-        if not number:
-            raise SyncError("no weights were given; expected those of the whole model")
-        index = {"metadata": {}, "weight_map": places}
-        (part / "model.safetensors.index.json").write_text(json.dumps(index))
-        shutil.rmtree(path, ignore_errors=True)
-        part.rename(path)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) or is_disk_full(error):
-            raise SyncError(
-                f"{path} could not be written ({error}), and what there was of it is removed; make "
-                "room, or take a folder that this process may write to"
-            ) from error
-        raise
-    return number
-
-
-def load_folder(client: Client, path: Path) -> None:
-    """Have a server load a folder."""
-    # Without a format the server takes the one that it was started with, such as "dummy".
-    body = {
-        "model_path": str(path.absolute()), "load_format": "safetensors", "flush_cache": False,
-    }  # fmt: skip
-    client.post("/update_weights_from_disk", body)

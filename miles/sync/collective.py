@@ -228,7 +228,6 @@ class CollectiveReceiver:
         Raises:
             SyncError: the push failed; the target serves what it served.
         """
-        served = self._target.weight_version
         try:
             asked = self._link.receive(0, timeout=0)
             if asked["op"] == "close":
@@ -245,7 +244,8 @@ class CollectiveReceiver:
         except PeerLostError as error:
             self._link.abandon()
             raise PeerLostError(
-                f"{error}; version {served} is still served; make a new process group"
+                f"{error}; version {self._target.weight_version} is still served; make a new "
+                "process group"
             ) from error
         except KeyError as error:
             raise PeerLostError(f"rank 0 sent nonsense: a message without {error}") from error
@@ -282,7 +282,8 @@ class CollectiveReceiver:
             raise
         except _AbortedError as error:
             raise SyncError(
-                f"version {version} was not taken, {served} is still served: {error}"
+                f"version {version} was not taken, {self._target.weight_version} is still served: "
+                f"{error}"
             ) from error
         except Exception as error:  # whatever it was, the sender has to hear of it
             vote = {"error": f"{type(error).__name__}: {error}"}
@@ -291,7 +292,10 @@ class CollectiveReceiver:
         decision = self._link.receive(0, timeout=self._link.timeout * self._link.size)
         if decision["op"] != "commit":
             reason = vote.get("error", decision.get("error"))
-            raise SyncError(f"version {version} was not taken, {served} is still served: {reason}")
+            raise SyncError(
+                f"version {version} was not taken, {self._target.weight_version} is still served: "
+                f"{reason}"
+            )
         start = time.perf_counter()
         try:
             if served != version:

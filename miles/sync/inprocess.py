@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from miles.protocols import SyncReport, WeightTarget
-from miles.sync._plan import as_version, check_version, match
+from miles.sync._plan import as_version, check_commit, check_version, committing, match
 
 __all__ = ["InProcessSyncer"]
 
@@ -54,7 +54,9 @@ class InProcessSyncer:
         phases = {}
         if changed:
             gathered = time.perf_counter()
-            self._target.commit_weights(matched, version=version)
+            with committing(self._target):
+                check_commit(version, self._target.weight_version)
+                self._target.commit_weights(matched, version=version)
             commit = time.perf_counter() - gathered
             phases = {"gather": gathered - start, "commit": commit, "pause": commit}
         return SyncReport(

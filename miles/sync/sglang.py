@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +20,7 @@ from miles.sync._buckets import whole
 from miles.sync._plan import as_version, at_once, check_version
 from miles.sync._progress import bar
 from miles.sync._sglang_client import MIXED, ClashError, Client
+from miles.sync._sglang_folder import load_folder, remove_others, write_folder
 from miles.sync._sglang_group import Broadcasts
 from miles.sync._sglang_in_place import PER_CALL, split
 from miles.sync._sglang_payload import FlatBucket, InPlace, by_handle, by_value, flat_buckets
@@ -30,12 +29,11 @@ from miles.sync._sglang_push import (
     Queue,
     Sent,
     check_able,
+    check_together,
     ended,
-    load_folder,
     noted,
     on_all,
     stop,
-    write_folder,
 )
 from miles.sync._sglang_slabs import DEPTH, CudaMemory, Memory, Slabs
 from miles.sync._trainers import Trainers
@@ -45,6 +43,8 @@ __all__ = ["SGLangSyncer"]
 Via = Literal["cuda_ipc", "value", "distributed", "disk"]
 Selector = Literal["target", "draft", "all"]
 T = TypeVar("T")
+AFTER_SECONDS = 10.0
+"""For a call to servers after a failure; one that hangs has made all wait for `timeout` already."""
 
 
 class SGLangSyncer:
@@ -52,8 +52,9 @@ class SGLangSyncer:
 
     SGLang writes new weights over the old ones, so an update that fails halfway cannot be undone.
     Before it begins, servers are paused, emptied of cached prefixes, and marked by a weight version
-    below 0; if it fails, they stay so, the error says so, and the next push, which is always a
-    whole one, puts them right. What fails earlier changes nothing.
+    below 0; if it fails, they stay so until a push goes through; the error says so, and that push
+    is always a whole one. What fails earlier leaves their weights and version alone, but the pause
+    may have ended requests.
 
     Names are those of a checkpoint; quantised pairs of `miles.precision.export` pass unchanged. The
     names and shapes of a syncer's first push are those of all that follow: servers would skip what
@@ -135,6 +136,11 @@ class SGLangSyncer:
             raise SettingError(
                 f"selector is {selector!r} with via='disk', where SGLang knows none; expected None"
             )
+        if verify and selector == "draft":
+            raise SettingError(
+                f"verify is {list(verify)} with selector='draft', and SGLang reads the policy's "
+                "weights back; expected none"
+            )
         if bucket_bytes < 1:
             raise SettingError(f"bucket_bytes is {bucket_bytes}; expected 1 or more")
         urls = [urls] if isinstance(urls, str) else list(urls)
@@ -150,6 +156,7 @@ class SGLangSyncer:
         self._folder = None if folder is None else Path(folder)
         # A server's weight version is the policy's, so a draft model has one of its own, kept here.
         self._drafts, self._drafted = selector == "draft", 0
+        self._broken = self._closed = False
         self._in_place, self._trainers = in_place, Trainers(trainers)
         self._model, self._progress = Model(), progress and not self._trainers.rank
         self._memory: Memory = CudaMemory()
@@ -168,12 +175,14 @@ class SGLangSyncer:
         Raises:
             SettingError: `version` is no integer, or a url no address.
             SyncError: what went wrong, at which server; whether it still serves what it did, or
-                holds a part of the new version and is left paused. What goes wrong on rank 0 of
+                holds a part of a version and is left paused. What goes wrong on rank 0 of
                 `trainers` is raised on all of them; what does on another, there, and on the rest
-                when the group times out.
+                when the group times out. Also after `close`.
         """
         start = time.perf_counter()
         version = as_version(version)
+        if self._closed:
+            raise SyncError("this syncer is closed; make a new one to push")
 
         def ask() -> list[int]:
             if self._trainers.rank:
@@ -181,6 +190,9 @@ class SGLangSyncer:
             versions = self._on_all(Client.weight_version, self._clients)
             found = self._behind(version, versions)
             check_able(found, via=self._via, selector=self._selector, pause=self._pause)
+            if self._broken and not found:  # the last push failed when all had its version
+                self._resume(self._clients)
+                self._broken = False
             return [self._clients.index(client) for client in found]
 
         behind = [self._clients[i] for i in self._trainers.agree(ask)]
@@ -200,6 +212,7 @@ class SGLangSyncer:
 
     def close(self) -> None:
         """Close connections, leave the process group, and free the buckets."""
+        self._closed = True
         self._slabs.clear()
         if self._broadcasts is not None:
             self._broadcasts.leave()
@@ -241,7 +254,7 @@ class SGLangSyncer:
             if self._trainers.rank:
                 return
             paused = time.perf_counter()
-            stopped = True
+            stopped = self._broken = True
             self._on_all(lambda c: stop(c, self._pause), to)
             if self._broadcasts is not None:
                 self._broadcasts.join()
@@ -275,6 +288,7 @@ class SGLangSyncer:
                 "commit": done - ended,
                 "pause": done - paused,
             }
+            self._broken = False
         except BaseException as error:
             told = self._trainers.told(error)
             if self._trainers.rank:
@@ -291,20 +305,29 @@ class SGLangSyncer:
     def _after_failure(self, to: list[Client], stopped: bool, touched: bool, clash: bool) -> str:
         """Tidy up; what servers hold and do now."""
         self._slabs.clear()  # a server that did not answer in time may read them yet
-        if touched:
-            with contextlib.suppress(SyncError):  # an open session would refuse the next one
-                self._session("/end_weight_update", to)
-            if self._drafts:
-                self._drafted = MIXED
-            else:  # some may have their new version already, and would be left out, and paused
+        with contextlib.ExitStack() as hurry:
+            for client in to:
+                hurry.enter_context(client.hurrying(AFTER_SECONDS))
+            if touched:
+                with contextlib.suppress(SyncError):  # an open session would refuse the next one
+                    self._session("/end_weight_update", to)
+                if self._drafts:
+                    self._drafted = MIXED
+                else:  # some may have their new version already, and would be left out, and paused
+                    with contextlib.suppress(SyncError):
+                        self._on_all(lambda c: c.say(MIXED), to)
+                if self._broadcasts is not None:
+                    self._broadcasts.leave(by_force=True)
+            if stopped:
                 with contextlib.suppress(SyncError):
-                    self._on_all(lambda c: c.say(MIXED), to)
-            if self._broadcasts is not None:
-                self._broadcasts.leave(by_force=True)
-        if stopped and (self._drafts or not touched):
-            with contextlib.suppress(SyncError):
-                self._resume(to)
+                    self._resume([client for client in to if not client.mixed])
+        paused = ", still paused" if self._pause else ""
         if not touched:
+            if half := [client.url for client in to if client.mixed]:
+                return (
+                    f"{', '.join(half)} hold a part of an earlier push: a weight version below 0"
+                    f"{paused}; any others serve what they did; push again"
+                )
             return "servers serve what they did"
         if clash:
             return (
@@ -314,8 +337,8 @@ class SGLangSyncer:
         if self._drafts:
             return "draft models hold a part of it, and the policy is served as before; push again"
         return (
-            "servers hold a part of it: a weight version below 0"
-            f"{', still paused' if self._pause else ''}; push again, which is a whole push"
+            f"servers hold a part of it: a weight version below 0{paused}; push again, which is a "
+            "whole push"
         )
 
     def _resume(self, to: list[Client]) -> None:
@@ -335,9 +358,8 @@ class SGLangSyncer:
     ) -> Callable[[], None]:
         """All that can be done while servers still serve; what does the rest."""
         if at_once(weights):
-            for name, tensor in weights:
-                self._model.check(name, tensor.shape)
-            self._model.check_end(name for name, _ in weights)
+            fits = self._memory.check if self._via == "cuda_ipc" else lambda name, tensor: None
+            check_together(weights, self._model, self._verify, fits)
         named: Iterable[tuple[str, Tensor]] = noted(weights, sent, self._verify, self._model)
         if self._via == "disk":
             pairs = ((name, whole(tensor.detach())) for name, tensor in named)
@@ -447,12 +469,7 @@ class SGLangSyncer:
 
     def _by_disk(self, path: Path, to: list[Client], sent: Sent) -> None:
         sent.wait(lambda: self._on_all(partial(load_folder, path=path), to))
-        for old in path.parent.glob("version-*"):
-            if old != path:
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:
-                    warnings.warn(f"{old} is no longer used, and stays: {error}", stacklevel=2)
+        remove_others(path)
 
     def _on_all(self, call: Callable[[Client], T], clients: list[Client]) -> list[T]:
         return on_all(self._pool, call, clients)

@@ -67,14 +67,6 @@ class SharedMemorySyncer(Sender):
         super().__init__(address, timeout=timeout)
         self._progress = progress
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
-        """See `Sender.push`."""
-        try:
-            return super().push(weights, version=version)
-        except _RefusedError:
-            self.close()  # new buffers next time: of this one the engine may have kept a part
-            raise
-
     def _open(self, connection: socket.socket, hello: dict[str, Any], fds: list[int]) -> Session:
         return _Session(connection, hello, self._progress)
 
@@ -166,10 +158,6 @@ class _Arriving:
             raise SyncError(f"version {version} did not arrive whole; push it again")
 
 
-class _RefusedError(SyncError):
-    """The receiver did not commit."""
-
-
 class _Session:
     """One connection and its two buffers."""
 
@@ -194,7 +182,7 @@ class _Session:
             _send(self._socket, {"commit": version})
             reply, _ = answer(self._socket)
             if "error" in reply:
-                raise _RefusedError(
+                raise SyncError(
                     f"version {version} was not taken, {reply['served']} is still served: "
                     f"{reply['error']}"
                 )

@@ -17,6 +17,7 @@ from miles.protocols import SyncReport
 from miles.sync import _weight_cache_daemon
 from miles.sync._plan import as_version, check_version, match
 from miles.sync._sglang_client import MIXED, Client
+from miles.sync._sglang_push import pause_by
 from miles.sync._weight_cache_daemon import Daemon
 from miles.sync._weight_cache_views import engine_views
 
@@ -257,7 +258,12 @@ class SGLangWeightCacheSyncer:
             done = time.perf_counter()
         except BaseException as error:
             where = "the server serves what it did"
-            if touched:
+            if not touched and self._server.mixed:
+                where = (
+                    "the server still holds a part of an earlier one, and stands still; write all "
+                    "weights again"
+                )
+            elif touched:
                 where = (
                     "the server holds a part of it: a weight version below 0"
                     f"{', still paused' if self._pause else ''}; write all weights again"
@@ -323,7 +329,7 @@ class SGLangWeightCacheSyncer:
 
     def _stop(self) -> None:
         if self._pause is not None:
-            self._server.post("/pause_generation", {"mode": self._pause})
+            pause_by(self._server, self._pause)
 
     def _go_on(self) -> None:
         if self._pause is not None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from miles.rollout import HFEngine
 from tests.examples.test_grpo_loop import rows
@@ -40,6 +41,34 @@ def numbers(out: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in r.items() if not k.startswith(("time/", "draft/"))} for r in rows(out)
     ]
+
+
+def test_a_run_that_is_resumed_at_step_0_goes_on_with_the_draft_that_was_warmed_up(
+    tmp_path, script
+):
+    import speculative_rl as example
+
+    def made(resume):
+        config = example.SpeculativeConfig(
+            out=tmp_path, resume=resume, num_prompts=4, micro_batch_size=4, num_compared=4,
+            draft_warmup_updates=3, max_batch=8,
+        )  # fmt: skip
+        torch.manual_seed(5 if resume else 6)
+        model, tokenizer = example.build_model(0), example.build_tokenizer()
+        model.save_pretrained(tmp_path / "policy")
+        task = example.RunningTotals(0, num_terms=config.num_terms)
+        made = example.Speculation(config, task, model, tokenizer)
+        made.start(config, tmp_path / "policy", "")
+        made.push(model.named_parameters(), version=0)
+        made.close()
+        return made
+
+    first, again = made(False), made(True)
+    assert first.trainer.version == again.trainer.version == 3
+    expected = dict(first.draft.named_parameters())
+    served = again._engines[0].draft_weights.weight_tensors()
+    for name, parameter in again.draft.named_parameters():
+        assert torch.equal(parameter, expected[name]) and torch.equal(parameter, served[name])
 
 
 @pytest.mark.timeout(300)

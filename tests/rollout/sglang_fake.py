@@ -4,8 +4,9 @@ What a token, its log-prob and its experts are follows from a small table, the w
 where the token stands, so that a test can say what must come out. Scheduling is the real one's in
 what a client can see of it: requests wait or run; a running one ends a step after its abort, a
 waiting one at once, with what was last reported; an abort names the beginning of ids, and is
-ignored unless the whole is one; a pause holds new requests back at the door. A token id that the
-model does not have is accepted, and ends the server as it is computed.
+ignored unless the whole is one; a pause holds new requests back at the door, and one that aborts
+lets nobody continue before all have ended, which those that are paused in place do not. A token id
+that the model does not have is accepted, and ends the server as it is computed.
 
 `python -m tests.rollout.sglang_fake --model-path M --port P` runs one as a process.
 """
@@ -137,6 +138,7 @@ class FakeSGLang(Control):
         self._waiting: list[Running] = []
         self._running: list[Running] = []
         self.held = self._engine_paused = False
+        self._pausing = asyncio.Lock()
         self._stepper: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
@@ -176,6 +178,7 @@ class FakeSGLang(Control):
         self._thread.join()
         self._server = self._stepper = None
         self._states, self._waiting, self._running = {}, [], []
+        self._pausing = asyncio.Lock()
         self.held = self._engine_paused = False
 
     def cut(self) -> None:

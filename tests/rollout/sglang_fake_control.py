@@ -48,6 +48,7 @@ class Control:
     updates: list[tuple[str, dict[str, Any]]]
     weights: dict[str, list[float]]
     _engine_paused: bool
+    _pausing: asyncio.Lock
     _states: dict[str, Running]
     _waiting: list[Running]
     _running: list[Running]
@@ -103,21 +104,23 @@ class Control:
         mode = body.get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
             raise Refusal(400, {"error": {"message": f"mode: {mode!r} is none of the modes"}})
-        self.held = True
-        if mode == "abort":
-            while self._waiting or self._running:
-                self.abort("", everything=True)
-                await asyncio.sleep(0.01)
-        else:
-            self._engine_paused = True
-            if mode == "retract":
-                self._waiting = self._running + self._waiting
-                self._running = []
+        async with self._pausing:
+            self.held = True
+            if mode == "abort":  # for good, where they are paused in place and make no step
+                while self._waiting or self._running:
+                    self.abort("", everything=True)
+                    await asyncio.sleep(0.01)
+            else:
+                self._engine_paused = True
+                if mode == "retract":
+                    self._waiting = self._running + self._waiting
+                    self._running = []
         return {"message": "Generation paused successfully.", "status": "ok"}
 
     async def continue_generation(self, body: Any) -> Any:
         self.check_fields(body, {"torch_empty_cache": bool})
-        self.held = self._engine_paused = False
+        async with self._pausing:
+            self.held = self._engine_paused = False
         return {"message": "Generation continued successfully.", "status": "ok"}
 
     async def flush_cache(self, body: Any) -> Any:

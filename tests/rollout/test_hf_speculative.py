@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from miles.losses import token_logprobs
 from miles.moe import RoutingReplay
 from miles.rollout import HFEngine, Sample, Status, _speculation
-from miles.rollout._speculation import uniforms
+from miles.rollout._sampling import uniforms
 from miles.rollout.speculative import Eagle3Draft, SpeculativeStats
 from miles.rollout.speculative.draft import FINAL
 from tests.models import VOCAB, generate_all, params, serving, tiny, token_batch
@@ -448,6 +448,7 @@ def test_the_eager_attention_serves_the_same(name):
 )
 def test_uniforms_are_numbers_of_the_place_alone(seeds, step, count):
     numbers = uniforms(seeds, [step] * len(seeds), count)
+    assert set(numbers.flatten()).isdisjoint(uniforms(seeds, [step], count, salt=-5).flatten())
     assert numbers.shape == (len(seeds), count) and numbers.dtype == "float64"
     assert ((numbers >= 0) & (numbers < 1)).all()
     for row, seed in zip(numbers, seeds, strict=True):

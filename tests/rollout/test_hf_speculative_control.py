@@ -246,7 +246,17 @@ def not_numbers(proposal: Proposal, row: int) -> Proposal:
     return proposal
 
 
-@pytest.mark.parametrize("change", [outside, negative, unnormalised, impossible, not_numbers])
+def below_zero(proposal: Proposal, row: int) -> Proposal:
+    others = [t for t in range(3) if t != proposal.tokens_RK[row, 0]]
+    proposal.probs_RKV[row, 0, others[0]] -= 0.5
+    proposal.probs_RKV[row, 0, others[1]] += 0.5
+    return proposal
+
+
+CHANGES = [outside, negative, unnormalised, impossible, not_numbers, below_zero]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_proposal_that_cannot_be_fails_its_request_alone(change):
     draft = Spoiled(change)
     with serving("qwen3_moe", max_batch=2, draft=draft) as engine:
@@ -270,6 +280,10 @@ def too_long(proposal: Proposal, row: int) -> Proposal:
     return Proposal(tokens_RK=proposal.tokens_RK, probs_RKV=proposal.probs_RKV, lengths=(9,))
 
 
+def of_half(proposal: Proposal, row: int) -> Proposal:
+    return Proposal(tokens_RK=proposal.tokens_RK, probs_RKV=proposal.probs_RKV.bfloat16())
+
+
 def of_other_type(proposal: Proposal, row: int) -> Proposal:
     return Proposal(tokens_RK=proposal.tokens_RK.int(), probs_RKV=proposal.probs_RKV)
 
@@ -279,7 +293,8 @@ def of_other_type(proposal: Proposal, row: int) -> Proposal:
     [
         (one_short, r"int64 of shape \(1, 2\); expected int64 of shape \(1, 3\)"),
         (of_other_type, r"torch.int32 of shape \(1, 3\)"),
-        (other_vocabulary, r"\(1, 3, 39\); expected \(1, 3, 40\)"),
+        (other_vocabulary, r"\(1, 3, 39\); expected float32 or float64 of shape \(1, 3, 40\)"),
+        (of_half, r"probs_RKV is torch.bfloat16 .*expected float32 or float64"),
         (too_long, r"lengths are \(9,\); expected 1 numbers of 0 to 3"),
     ],
 )

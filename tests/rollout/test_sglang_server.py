@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -126,6 +127,37 @@ def test_a_death_later_is_noticed(recwarn):
     started.stop()
     assert "serving" in started.log.read_text()  # of which the error has told
     assert not recwarn.list
+
+
+def test_the_number_of_a_group_that_is_gone_is_not_signalled(monkeypatch):
+    with server() as started:
+        first = started.pid
+    signalled = []
+    real = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda pid, n: (signalled.append(pid), real(pid, n)))
+    started.stop()
+    with started:
+        assert started.pid != first
+    assert signalled and first not in signalled
+
+
+def test_a_server_may_be_stopped_by_what_reads_its_lines():
+    errors, stopped = [], threading.Event()
+
+    def stop(line):
+        if line == "more" and not stopped.is_set():
+            try:
+                started.stop()
+            except Exception as error:  # whatever it is, the test looks at it
+                errors.append(error)
+            stopped.set()
+
+    started = server(on_line=stop).start()
+    with started.log.open("a") as log:
+        log.write("more\n")
+    assert stopped.wait(30)
+    assert not errors and not started.alive and gone(started.pid)
+    started.stop()
 
 
 def test_children_and_servers_that_ignore_sigterm_are_ended_too():

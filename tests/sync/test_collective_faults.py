@@ -1,13 +1,15 @@
 """Ranks of a gloo group that die, say nothing or talk nonsense; the engines serve on."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from miles.sync import CollectiveReceiver, CollectiveSyncer
-from miles.sync._link import Link
+from miles.sync._link import Link, PeerLostError
+from miles.sync._plan import committing
 from tests.sync.processes import die, launch
 from tests.sync.targets import Target, random_tensors, same
 from tests.sync.test_collective import TIMEOUT, attempt, matches, weights
@@ -186,3 +188,46 @@ def committing_halfway():
 def test_what_a_failed_commit_left_in_service_is_not_written_to(tmp_path):
     _, received = launch(committing_halfway, 2, tmp_path)
     assert received == (True, 5, True)
+
+
+def while_another_commits():
+    if dist.get_rank() == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, timeout=TIMEOUT)
+        return attempt(lambda: syncer.push(weights(1), version=1))
+    receiver = CollectiveReceiver(target := Target(), dist.group.WORLD, timeout=TIMEOUT)
+    with ThreadPoolExecutor(1) as pool:
+        with committing(target):
+            received = pool.submit(attempt, receiver.receive_once)
+            time.sleep(1)
+            waited = not received.done()
+            target.weight_version = 5
+        return waited, received.result(30), len(target.seen)
+
+
+def test_a_commit_waits_for_that_of_another_receiver(tmp_path):
+    sent, (waited, text, commits) = launch(while_another_commits, 2, tmp_path)
+    matches(sent, "rank 1 did not commit: SyncError: version 1 is older than 5")
+    matches(text, "version 1 was not committed: version 1 is older than 5")
+    assert waited and commits == 0
+
+
+def silent_after_the_commit():
+    send = Link.send
+    if dist.get_rank() == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, timeout=1)
+        return attempt(lambda: syncer.push(weights(1), version=1))
+
+    def failing_send(link, to, message):
+        if "seconds" in message:
+            raise PeerLostError("rank 0 is gone")
+        send(link, to, message)
+
+    Link.send = failing_send
+    receiver = CollectiveReceiver(target := Target(), dist.group.WORLD, timeout=1)
+    return attempt(receiver.receive_once), target.weight_version
+
+
+def test_a_receiver_that_has_committed_says_that_it_serves_the_new_version(tmp_path):
+    _, (text, version) = launch(silent_after_the_commit, 2, tmp_path)
+    matches(text, "rank 0 is gone; version 1 is still served")
+    assert version == 1

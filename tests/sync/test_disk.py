@@ -313,7 +313,7 @@ def test_a_commit_waits_for_that_of_another_receiver(syncer, receiver, target):
             with pytest.raises(TimeoutError):
                 received.result(0.3)
             target.weight_version = 5
-        with pytest.raises(SyncError, match="the engine went to version 5 meanwhile"):
+        with pytest.raises(SyncError, match="5 is still served: the engine went to version 5"):
             received.result(30)
     assert target.weight_version == 5 and not target.seen
 

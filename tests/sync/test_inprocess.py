@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from miles.errors import SyncError
 from miles.protocols import WeightSyncer, WeightTarget
 from miles.rollout import HFEngine
 from miles.sync import InProcessSyncer
+from miles.sync._plan import committing
 from tests.models import params, serving, tiny
 from tests.sync.targets import Target, random_tensors, same, tensors
 
@@ -87,6 +90,28 @@ def test_versions_only_grow(target, syncer):
     with pytest.raises(SyncError, match="version 4 is older than 5"):
         syncer.push(random_tensors(2).items(), version=4)
     assert same(target.live, random_tensors(1)) and target.weight_version == 5
+
+
+def test_a_version_that_another_trainer_brought_meanwhile_stays(target, syncer):
+    def while_another_pushes():
+        yield from random_tensors(7).items()
+        InProcessSyncer(target).push(random_tensors(8).items(), version=8)
+
+    with pytest.raises(SyncError, match="version 7 is older than 8"):
+        syncer.push(while_another_pushes(), version=7)
+    assert same(target.live, random_tensors(8)) and target.weight_version == 8
+
+
+def test_a_commit_waits_for_that_of_a_receiver(target, syncer):
+    with ThreadPoolExecutor(1) as pool:
+        with committing(target):
+            pushed = pool.submit(syncer.push, random_tensors(1).items(), version=1)
+            with pytest.raises(TimeoutError):
+                pushed.result(0.3)
+            target.weight_version = 5
+        with pytest.raises(SyncError, match="version 1 is older than 5"):
+            pushed.result(30)
+    assert not target.seen
 
 
 def test_a_trainer_that_fails_while_it_hands_out_weights_changes_nothing(target, syncer):

@@ -93,6 +93,11 @@ def test_a_folder_and_a_selector_do_not_go_together(syncer_for, tmp_path):
         syncer_for(server, via="disk", folder=tmp_path, selector="draft")
 
 
+def test_what_servers_read_back_is_the_policys(server, syncer_for):
+    with pytest.raises(SettingError, match=r"verify is \['embed'\].*reads the policy's"):
+        syncer_for(server, selector="draft", verify=["embed"])
+
+
 @pytest.mark.parametrize("algorithm", [None, "NGRAM"])
 def test_a_server_without_a_draft_takes_none(server, syncer_for, algorithm):
     server.info = {"speculative_algorithm": algorithm}

@@ -84,28 +84,29 @@ def test_numpys_integers_are_versions(server, syncer_for):
     assert server.weight_version == "3" and type(report.version) is int
 
 
-class Held(Server):
-    """Its requests were paused in place, so they never end."""
+class Stuck(Server):
+    """A pause of somebody else waits for requests that never end."""
 
-    held_in_place = True
+    stuck = True
 
     async def pause_generation(self, body):
-        while self.held_in_place:
+        while self.stuck:
             await asyncio.sleep(0.01)
         return await super().pause_generation(body)
 
 
 IN_PLACE = r"Requests that were paused in place never end.*go on first.*'abort' or 'retract'"
+FOR_GOOD = r"by another client .* paused in place waits for them for good, .* started again"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_pause_that_never_ends_says_what_may_be_the_reason(syncer_for, version):
-    with Held(version) as server:
+    with Stuck(version) as server:
         syncer = syncer_for(server, timeout=0.5)
-        with pytest.raises(SyncError, match=rf"serve what they did.*pause_generation.*{IN_PLACE}"):
+        with pytest.raises(SyncError, match=rf"serve what they did.*pause_generation.*{FOR_GOOD}"):
             syncer.push(weights(1).items(), version=1)
         assert server.weight_version == "0"
-        server.held_in_place = False
+        server.stuck = False
         syncer.push(weights(1).items(), version=1)
         assert same(server.loaded, weights(1))
 
@@ -117,6 +118,45 @@ def test_a_pause_of_ones_own_that_left_requests_says_so(server, syncer_for):
     with pytest.raises(SyncError, match="Flush cache failed") as caught:
         syncer_for(server).push(weights(1).items(), version=1)
     assert "in place" not in str(caught.value)
+
+
+def test_a_closed_syncer_says_so(server, syncer_for):
+    syncer = syncer_for(server)
+    syncer.close()
+    with pytest.raises(SyncError, match="this syncer is closed; make a new one"):
+        syncer.push(weights(1).items(), version=1)
+    assert server.calls == []
+
+
+NO_VALUES = torch.empty(3, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "text"),
+    [
+        ([("embed", torch.ones(2))], {}, "embed came twice"),
+        ([("last", NO_VALUES)], {}, "last is on the meta device"),
+        ([], {"verify": ["nothing"]}, r"verify names \['nothing'\]"),
+        ([("last", torch.ones(1))], {"via": "cuda_ipc"}, "last is no CUDA tensor"),
+    ],
+)
+def test_what_is_wrong_with_weights_that_are_all_there_is_told_before_servers_stand_still(
+    server, syncer_for, more, options, text
+):
+    syncer = syncer_for(server, **options)
+    syncer._memory = Picky() if options.get("via") == "cuda_ipc" else None
+    with pytest.raises(SyncError, match=rf"servers serve what they did\. {text}"):
+        syncer.push([*weights(1).items(), *more], version=1)
+    assert server.weight_version == "0" and not server.updates
+    assert "/pause_generation" not in server.calls
+
+
+class Picky:
+    """A GPU's memory, to which all weights but one belong."""
+
+    def check(self, name, tensor):
+        if name == "last":
+            raise SyncError(f"{name} is no CUDA tensor")
 
 
 FULL = {

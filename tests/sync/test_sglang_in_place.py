@@ -41,7 +41,16 @@ def test_one_call_reads_all_that_lies_in_large_allocations(memory):
 
 
 @pytest.mark.parametrize(
-    "how", ["generator", "in_place=False", "small", "no handle", "another model", "two ranks"]
+    "how",
+    [
+        "generator",
+        "in_place=False",
+        "small",
+        "no handle",
+        "another model",
+        "two ranks",
+        "two trainers",
+    ],
 )
 def test_buckets_are_made_of_what_cannot_be_read_in_place(memory, monkeypatch, how):
     if how == "no handle":
@@ -55,6 +64,7 @@ def test_buckets_are_made_of_what_cannot_be_read_in_place(memory, monkeypatch, h
             memory, server, bucket_bytes=1 << 20 if how == "small" else BLOCK,
             in_place=False if how == "in_place=False" else None,
         )  # fmt: skip
+        syncer._trainers.alone = how != "two trainers"  # as far as it asks
         given = pooled(weights(1))
         report = syncer.push(
             iter(given.items()) if how == "generator" else given.items(), version=1
@@ -62,6 +72,19 @@ def test_buckets_are_made_of_what_cannot_be_read_in_place(memory, monkeypatch, h
         assert same(server.loaded, given)
         assert report.num_buckets == (1 if how == "small" else 5)
         assert report.copied_bytes == 2 * report.num_bytes
+        syncer.close()
+
+
+@pytest.mark.parametrize(("count", "here"), [(BLOCK // 4, True), (BLOCK // 4 - 1, False)])
+def test_an_allocation_of_a_sixteenth_of_a_bucket_is_worth_a_servers_opening_it(
+    memory, count, here
+):
+    with Slow("0.5.17") as server:
+        server.architectures = ["LlamaForCausalLM"]
+        syncer = syncer_for(memory, server, bucket_bytes=16 * BLOCK)
+        report = syncer.push({"w": torch.arange(float(count))}.items(), version=1)
+        assert (report.copied_bytes == report.num_bytes) == here
+        assert server.loaded["w"].numel() == count
         syncer.close()
 
 

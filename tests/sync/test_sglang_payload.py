@@ -46,3 +46,16 @@ def test_weights_that_sglang_fuses_in_one_call_are_in_one_bucket():
                 data = bucket.flat[weight.start_idx : weight.end_idx].view(weight.dtype)
                 assert data.tolist() == [len(weight.name)] * 300
     assert [len(group) for group in groups(weights(1).items())] == [1] * 5
+
+
+def test_a_copy_from_the_hosts_memory_is_over_when_a_generator_fills_that_again(monkeypatch):
+    copy, going_on, empty = torch.Tensor.copy_, [], torch.empty
+
+    def noted(self, source, non_blocking=False):
+        going_on.append(non_blocking)
+        return copy(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    list(flat_buckets(weights(1).items(), bucket_bytes=4096, device="cuda"))
+    assert going_on == [False] * 5

@@ -147,7 +147,7 @@ def test_the_server_stands_still_while_weights_change(make):
         assert int(server.weight_version) < 0 and server.held
     assert server.weight_version == "7" and not server.held
     assert [path for path in server.calls if not path.endswith("_info")] == [
-        "/pause_generation", "/flush_cache", "/update_weight_version",
+        "/continue_generation", "/pause_generation", "/flush_cache", "/update_weight_version",
         "/update_weight_version", "/continue_generation",
     ]  # fmt: skip
     assert set(syncer.last_report.phases) == {"load", "commit", "pause"}
@@ -192,6 +192,23 @@ def test_a_server_that_cannot_be_emptied_serves_on(make):
         raise AssertionError("not reached")
     assert "serves what it did" in caught.value.__notes__[0]
     assert world.server.weight_version == "0" and not world.server.held
+    syncer.close()
+
+
+def test_a_server_that_cannot_be_emptied_does_not_serve_half_written_weights(make):
+    world = make()
+    syncer = world.syncer()
+    with pytest.raises(ZeroDivisionError), syncer.updating(version=1):
+        raise ZeroDivisionError
+    world.server.refuse_flush = True
+    with pytest.raises(SyncError) as caught, syncer.updating(version=1):
+        raise AssertionError("not reached")
+    assert "still holds a part of an earlier one, and stands still" in caught.value.__notes__[0]
+    assert int(world.server.weight_version) < 0 and world.server.held
+    world.server.refuse_flush = False
+    with syncer.updating(version=1):
+        pass
+    assert world.server.weight_version == "1" and not world.server.held
     syncer.close()
 
 

@@ -98,6 +98,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NonFiniteError(
-                f"{name} holds NaN or infinity; the draft's training has diverged, or the file is "
-                "damaged: go back to an earlier checkpoint"
+                f"{name} holds NaN or infinity ({tensor.dtype}); the draft's training has "
+                "diverged, the file is damaged, or weights are beyond that dtype's range: go back "
+                "to an earlier checkpoint, or take another dtype"
             )

@@ -97,7 +97,8 @@ class TrainingBatch:
         """A share of the sequences, evenly spread, and how many there were.
 
         A row is a sequence, or those in it are where there is only one row. `before` counts those
-        of the micro-batches before; the first of all is always taken.
+        of the micro-batches before; the first of all is always taken, and until then so is a row
+        that is all padding, which does not count.
         """
         starts_BL = self.seq_ids_BL != self.seq_ids_BL.roll(1, 1)
         starts_BL[:, 0] = True
@@ -105,7 +106,7 @@ class TrainingBatch:
         one_row = self.input_ids_BL.shape[0] == 1
         found = int(starts_BL.sum()) if one_row else self.input_ids_BL.shape[0]
         takes = [_is_taken(before + i, share) for i in range(found)]
-        if not any(takes):
+        if not (any(takes) or found == before == 0):
             return None, found
         if all(takes):
             return self._without_padding(), found

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miles.errors import CheckpointError, SettingError
 from miles.rollout.speculative._capture import unwrapped
 
 __all__ = [
     "check_made_for",
-    "check_optimizer",
     "check_settings",
     "check_state",
-    "trouble_of",
+    "load_optimizer",
+    "optimizer_of",
     "own_parameters",
+    "trouble_of",
 ]
 
 
@@ -37,7 +38,8 @@ def check_settings(
 
 
 def own_parameters(draft: Any, policy: nn.Module | None) -> dict[str, nn.Parameter]:
-    """What a draft trains; `SettingError` if that is nothing, or some of it the policy's."""
+    """What a draft trains; `SettingError` if that is nothing, some of it is the policy's, or of a
+    dtype in which AdamW divides by 0."""
     if not hasattr(draft, "named_parameters"):
         raise SettingError(
             f"{type(draft).__name__} has no weights to train; expected a draft with some, such as "
@@ -46,6 +48,12 @@ def own_parameters(draft: Any, policy: nn.Module | None) -> dict[str, nn.Paramet
     named = {name: p for name, p in draft.named_parameters() if p.requires_grad}
     if not named:
         raise SettingError("the draft has no parameter that requires a gradient")
+    half = [name for name, p in named.items() if p.dtype == torch.float16]
+    if half:
+        raise SettingError(
+            f"the draft's {half[:8]} are float16, too coarse for the optimizer: the squares of "
+            "small gradients are 0 in it; keep the draft in float32 and give autocast="
+        )
     policys = {id(p) for p in policy.parameters()} if policy is not None else set()
     shared = [name for name, parameter in named.items() if id(parameter) in policys]
     if shared:
@@ -65,19 +73,29 @@ def check_made_for(draft: Any, policy: nn.Module | None, steps: int) -> None:
         draft.check_target(inner)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> None:
-    """Raise `SettingError` unless the optimizer is over just these."""
+def optimizer_of(
+    params: Sequence[nn.Parameter], given: torch.optim.Optimizer | None, lr: float
+) -> torch.optim.Optimizer:
+    """The one given, `SettingError` unless it is over just these parameters, or else AdamW."""
+    fused = all(p.is_cuda for p in params) or None
+    optimizer = given or torch.optim.AdamW(
+        params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+    )
     theirs = {id(p) for settings in optimizer.param_groups for p in settings["params"]}
     if theirs != {id(p) for p in params}:
         raise SettingError(
             f"the optimizer holds {len(theirs)} parameters that are not the draft's {len(params)}; "
             "build it over the draft's parameters that require a gradient"
         )
+    return optimizer
 
 
-def check_state(state: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> None:
-    """Raise `CheckpointError` unless the state is of these parameters."""
-    missing = [key for key in ("draft", "optimizer", "version") if key not in state]
+def check_state(
+    state: Mapping[str, Any], named: Mapping[str, nn.Parameter], target_ids: Tensor | None
+) -> None:
+    """Raise `CheckpointError` unless the state is of these parameters and this vocabulary."""
+    keys = ("draft", "optimizer", "version", "target_ids")
+    missing = [key for key in keys if key not in state]
     if missing:
         raise CheckpointError(f"the state lacks {missing}; expected what state_dict() returned")
     shapes = {name: tuple(tensor.shape) for name, tensor in state["draft"].items()}
@@ -89,6 +107,23 @@ def check_state(state: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> 
             f"{[shapes.get(n) for n in sorted(wrong)[:8]]}, expected "
             f"{[expected.get(n) for n in sorted(wrong)[:8]]}"
         )
+    ids = [None if ids is None else ids.tolist() for ids in (state["target_ids"], target_ids)]
+    if ids[0] != ids[1]:
+        raise CheckpointError(
+            "the state is of a draft with other target_ids: its tokens stand for others of the "
+            "policy's; build the draft with target_ids=state['target_ids']"
+        )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raise `CheckpointError`, and change nothing, unless the state is of such an optimizer."""
+    try:
+        optimizer.load_state_dict(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the state's optimizer is another one, or incomplete: {error!r}; expected what "
+            "state_dict() returned with an optimizer of the same groups"
+        ) from error
 
 
 def trouble_of(wrong_features: float, losses: Sequence[float], norm: float) -> list[str]:

@@ -66,7 +66,7 @@ def export_draft(
         The folder.
 
     Raises:
-        NonFiniteError: NaN or infinity in a tensor, which the text names.
+        NonFiniteError: NaN or infinity in a tensor, as it is or in `dtype`; the text names it.
         UnsupportedModelError: An EAGLE-3 draft of features that SGLang cannot capture.
         CheckpointError: A tensor that SGLang would skip or miss.
 
@@ -84,9 +84,9 @@ def export_draft(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(draft, StandaloneDraft):
-        check_finite(draft.checkpoint_tensors())
-        model: Any = draft.model
-        (model if dtype is None else copy.deepcopy(model).to(dtype)).save_pretrained(folder)
+        model: Any = draft.model if dtype is None else copy.deepcopy(draft.model).to(dtype)
+        check_finite(dict(model.named_parameters()))
+        model.save_pretrained(folder)
         return folder
     tensors = draft.checkpoint_tensors()
     config = _config(draft)
@@ -94,7 +94,6 @@ def export_draft(
         tensors["fc.bias"] = torch.zeros_like(draft.fc.weight[:, 0])
     if isinstance(draft, Eagle3Draft):
         tensors |= _vocabulary(draft)
-    check_finite(tensors)
     if not isinstance(draft, MTPDraft) or (
         draft.depths == 1 and config["architectures"] == [NEXTN]
     ):
@@ -113,6 +112,7 @@ def export_draft(
         .clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+    check_finite(held)
     save_file(held, folder / "new.safetensors", metadata={"format": "pt"})
     (folder / "new.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     stale = {INDEX, PICKLED}

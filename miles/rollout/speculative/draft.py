@@ -27,15 +27,18 @@ class Proposal:
     probs_RKV: Tensor | None = None
     """float32 `[R, K, V]` over the target's vocabulary; None: the draft had no choice, so each
     token counts as drawn with probability 1."""
-    salt: int = 0
-    """Another one whenever earlier answers are added to what tokens are copied from: a request
-    whose seed made such an answer must not be judged by the numbers that made it."""
     lengths: tuple[int, ...] | None = None
     """`[R]`: how many tokens of each row are proposals, the others being filling; None: all."""
 
 
 class DraftMemory(Protocol):
-    """A draft's state of every request that an engine runs; a slot is a request."""
+    """A draft's state of every request that an engine runs; a slot is a request.
+
+    One that copies from earlier answers has `salt` besides: an int that is another one whenever an
+    answer is added to what it copies from, and 0 before the first. All random numbers of its engine
+    depend on it, since a request whose seed made such an answer must not be judged, nor go on where
+    the copy ends, by the numbers that made it.
+    """
 
     def extend(
         self,

@@ -205,6 +205,11 @@ class _NgramMemory:
         self._draft, self._num_slots, self._max_context = draft, num_slots, max_context
         self._requests: dict[int, _Request] = {}
 
+    @property
+    def salt(self) -> int:
+        """Another one after every `remember`, whatever prompt it was of; 0 before the first."""
+        return self._draft._salt
+
     def extend(
         self,
         slots: Sequence[int],
@@ -253,7 +258,6 @@ class _NgramMemory:
         return Proposal(
             tokens_RK=tokens_RK.view(len(slots), num_steps),
             lengths=tuple(len(row) for row in rows),
-            salt=self._draft._salt,
         )
 
     def move(self, source: int, target: int) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, SettingError
+from miles.errors import EmptyBatchError, NonFiniteError, SettingError
 from miles.losses import Metrics, reduce_metrics
 from miles.packed import Packed
 from miles.rollout.speculative._capture import Captured, capturing
@@ -23,9 +23,10 @@ from miles.rollout.speculative._host import upload
 from miles.rollout.speculative._training_batch import Given, TrainingBatch
 from miles.rollout.speculative._training_checks import (
     check_made_for,
-    check_optimizer,
     check_settings,
     check_state,
+    load_optimizer,
+    optimizer_of,
     own_parameters,
     trouble_of,
 )
@@ -122,7 +123,8 @@ class DraftTrainer:
         temperature: what rollouts are sampled with.
         mask_policy: which places are learnt from; None for `MaskPolicy()`.
         renormalize: of `draft_loss`.
-        warmup_steps: the learning rate rises linearly over so many steps and stays.
+        warmup_steps: over so many steps the learning rate rises linearly to `lr` or your
+            optimizer's; then it is left alone. Give 0 with a schedule that begins at once.
         max_grad_norm: above which the gradient is scaled down; None for never.
         autocast: dtype to compute in, such as `torch.bfloat16`; None for the draft's own, or the
             autocast that is on around `observe`.
@@ -133,7 +135,7 @@ class DraftTrainer:
     Raises:
         SettingError: settings out of range, a draft that owns parameters of the policy or has none,
             reads layers that it lacks or cannot take so many steps, or an optimizer of other
-            parameters.
+            parameters, or float16 parameters.
         ShapeError: a draft of another vocabulary or hidden size.
 
     Example:
@@ -187,13 +189,8 @@ class DraftTrainer:
         self._named = own_parameters(draft, policy)
         check_made_for(draft, policy, steps)
         self._params = list(self._named.values())
-        if optimizer is None:
-            fused = all(p.is_cuda for p in self._params) or None
-            settings: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
-            optimizer = torch.optim.AdamW(self._params, **settings, fused=fused)
-        check_optimizer(optimizer, self._params)
-        self.optimizer = optimizer
-        self._base_lrs = [float(settings["lr"]) for settings in optimizer.param_groups]
+        self.optimizer = optimizer_of(self._params, optimizer, lr)
+        self._base_lrs = [float(settings["lr"]) for settings in self.optimizer.param_groups]
         self._loss_settings: dict[str, Any] = {
             "kind": kind, "decay": decay, "temperature": temperature,
             "mask_policy": mask_policy, "renormalize": renormalize,
@@ -370,13 +367,14 @@ class DraftTrainer:
         limit = torch.inf if self._max_grad_norm is None else self._max_grad_norm
         norm = nn.utils.clip_grad_norm_(self._params, limit).to(torch.float64)
         self._refuse(*torch.cat([sums, norm[None]]).tolist())
-        factor = min(1.0, (self.version + 1) / max(1, self._warmup_steps))
-        for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            settings["lr"] = base * factor
+        if self.version < self._warmup_steps:
+            factor = (self.version + 1) / self._warmup_steps
+            for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+                settings["lr"] = base * factor
+        lr = torch.tensor(float(self.optimizer.param_groups[0]["lr"]), dtype=torch.float64)
         self.optimizer.step()
         self.version += 1
         self._forget()
-        lr = torch.tensor(self._base_lrs[0] * factor, dtype=torch.float64)
         return metrics | {"draft/grad_norm": norm, "draft/lr": lr}
 
     def due(self, stats: Any | None = None) -> bool:
@@ -431,23 +429,22 @@ class DraftTrainer:
             SettingError: micro-batches that were observed and not stepped.
         """
         self._check_idle("state_dict()")
+        ids = self.draft.target_ids
         return {
             "draft": {name: p.detach().clone() for name, p in self._named.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "version": self.version,
+            "target_ids": None if ids is None else ids.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
 
         Raises:
-            CheckpointError: of another draft, or incomplete; then nothing has changed.
+            CheckpointError: of another draft or vocabulary, or incomplete; nothing has changed.
         """
-        check_state(state, self._named)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(f"the state is of another optimizer: {error}") from error
+        check_state(state, self._named, self.draft.target_ids)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.discard()
         with torch.no_grad():
             for name, parameter in self._named.items():

@@ -404,7 +404,16 @@ class TestBadInput:
             draft.midlayer.mlp.up_proj.weight[0, 0] = torch.nan
         with pytest.raises(NonFiniteError, match=r"midlayer.mlp.up_proj.weight holds NaN"):
             export_draft(draft, folder)
+        with torch.no_grad():
+            draft.midlayer.mlp.up_proj.weight[0, 0] = 1e6
+        with pytest.raises(NonFiniteError, match=r"up_proj.weight holds .*\(torch.float16\)"):
+            export_draft(draft, folder, dtype=torch.float16)
         assert torch.equal(read(folder)[1]["norm.weight"], before)  # the old one stays
+        small = StandaloneDraft.from_target(model, tiny("llama", num_hidden_layers=1))
+        with torch.no_grad():
+            small.model.lm_head.weight[0, 0] = 1e6
+        with pytest.raises(NonFiniteError, match=r"lm_head.weight holds .*\(torch.float16\)"):
+            export_draft(small, tmp_path / "small", dtype=torch.float16)
         rewrite(folder, **{"norm.weight": torch.full_like(before, torch.inf)})
         with pytest.raises(NonFiniteError, match=r"norm.weight holds NaN or infinity"):
             load_draft(folder, model)

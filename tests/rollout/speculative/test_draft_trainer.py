@@ -147,6 +147,18 @@ def test_a_share_of_the_sequences_is_the_same_ones_however_the_batch_is_cut(shar
         torch.testing.assert_close(found[1], expected)
 
 
+def test_a_row_of_padding_is_observed_and_takes_no_sequence_s_place():
+    policy, ids_BL = policy_of(), token_batch(1, 9)
+    nothing = torch.zeros(1, 9, dtype=torch.int64)
+    for draft in (TinyDraft(policy), Eagle3Draft.from_target(policy)):
+        trainer = DraftTrainer(draft, policy)
+        observe_once(trainer, ids_BL, nothing.bool(), attention_mask=nothing)
+        assert trainer.pending == 1
+        observe_once(trainer, ids_BL)
+        assert trainer.pending == 2
+        trainer.step()
+
+
 def test_every_step_learns_from_its_first_sequence():
     policy = policy_of()
     trainer = DraftTrainer(TinyDraft(policy), policy)  # a quarter of the sequences by default
@@ -199,6 +211,25 @@ def test_a_state_of_another_draft_is_refused_whole():
     with pytest.raises(CheckpointError, match="optimizer"):
         trainer.load_state_dict(other)
     torch.testing.assert_close(weights(trainer.draft), before, rtol=0, atol=0)
+
+
+def test_a_state_of_other_target_ids_or_a_broken_optimizer_is_refused_whole():
+    policy = policy_of()
+    one, other = (
+        trainer_of(Eagle3Draft.from_target(policy, target_ids=torch.arange(i, i + 8)), policy)
+        for i in (0, 8)
+    )
+    before, state = weights(other.draft), other.state_dict()
+    with pytest.raises(CheckpointError, match="other target_ids"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(CheckpointError, match="other target_ids"):
+        other.load_state_dict(state | {"target_ids": None})
+    for broken in ({}, None, {"param_groups": state["optimizer"]["param_groups"]}):
+        with pytest.raises(CheckpointError, match="state's optimizer is another one"):
+            other.load_state_dict(state | {"optimizer": broken, "version": 7})
+    torch.testing.assert_close(weights(other.draft), before, rtol=0, atol=0)
+    assert other.version == 0
+    other.load_state_dict(state)
 
 
 def test_offloaded_weights_are_there_and_come_back_the_same():
@@ -357,6 +388,8 @@ def test_settings_that_cannot_be_are_refused_in_words():
     bare = trainer_of(draft, nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="no decoder"), bare.capture():
         pass
+    with pytest.raises(SettingError, match=r"fc\.weight.* float16.* keep the draft in float32"):
+        trainer_of(TinyDraft(policy).half(), policy)
     draft.embedding = policy.get_input_embeddings()
     with pytest.raises(SettingError, match="parameters of the policy"):
         trainer_of(draft, policy)
@@ -377,3 +410,19 @@ def test_an_optimizer_of_ones_own_is_used():
     for name, parameter in draft.named_parameters():
         expected = before[name] - 0.25 * gradient[name] / count
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_schedule_of_ones_own_rules_after_the_warm_up(warmup):
+    policy = policy_of()
+    draft, found = TinyDraft(policy), []
+    sgd = torch.optim.SGD(draft.parameters(), lr=0.5)
+    trainer = trainer_of(draft, policy, optimizer=sgd, warmup_steps=warmup)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.1)
+    for step in range(4):
+        observe_once(trainer, token_batch())
+        found.append(float(trainer.step()["draft/lr"]))
+        if step + 1 >= warmup:
+            schedule.step()
+    expected = [0.5, 0.05, 0.005, 0.0005] if not warmup else [0.25, 0.5, 0.05, 0.005]
+    assert found == pytest.approx(expected)
