@@ -191,6 +191,19 @@ def test_a_server_that_falls_behind_while_it_is_told_of_a_pause_stays_out():
         assert states(engine) == [True, False] and engine.weight_version == 5
 
 
+def test_a_server_that_holds_requests_in_place_comes_back_to_a_pause_that_aborts():
+    with two(engine=SELDOM | {"pause_mode": "abort"}, step_seconds=0.01) as (_, other, engine):
+        lose(engine, other)
+        with contextlib.closing(SGLangEngine(other.url, **QUICK)) as another:
+            future = another.submit(PROMPT, params(500))
+            until(lambda: other._running and other._running[0].output)
+            asyncio.run(another.pause())
+            asyncio.run(engine.pause())
+            asyncio.run(asyncio.wait_for(engine.readmit(other.url), 5))
+            assert states(engine) == [True, True] and other.held
+            assert future.result(5).status is Status.ABORTED
+
+
 def test_with_no_other_server_newer_weights_are_welcome():
     with one(weight_version="1") as (fake, engine):
         lose(engine, fake)
