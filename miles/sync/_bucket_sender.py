@@ -29,7 +29,7 @@ from miles.sync._checksum import BLOCK, block_sums
 from miles.sync._memory import Memory
 from miles.sync._plan import at_once, check_version, pair
 from miles.sync._progress import bar
-from miles.sync._session import Sender, Session, answer, send, specs_of
+from miles.sync._session import Sender, Session, answer, hang_up, send, specs_of
 from miles.sync._sources import Collection
 
 __all__ = ["BucketSender", "slot_bytes"]
@@ -138,7 +138,7 @@ class _BucketSession:
         )
 
     def close(self) -> None:
-        self._socket.close()
+        hang_up(self._socket)
         self._staging.clear()
         self._slab = None
 

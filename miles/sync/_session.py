@@ -35,6 +35,7 @@ __all__ = [
     "Specs",
     "answer",
     "describe",
+    "hang_up",
     "peer_pid",
     "receive",
     "send",
@@ -291,6 +292,13 @@ def answer(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     if message is None:
         raise ConnectionResetError("the connection was closed")
     return message, fds
+
+
+def hang_up(connection: socket.socket) -> None:
+    """Close it, and for those too who hold a copy, such as a process forked meanwhile."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def peer_pid(connection: socket.socket) -> int:

@@ -28,7 +28,7 @@ __all__ = ["load_folder", "remove_others", "write_folder"]
 _INDEX = "model.safetensors.index.json"
 _WHOLE = re.compile(r"version-\d+")
 _LEFT = re.compile(r"\.version-\d+\.part")
-_FILE = re.compile(r"model-\d{5,}\.safetensors")
+_FILE = re.compile(r"model-\d{5,}\.safetensors|\.tmp\w+")  # the latter of a killed `save_file`
 
 
 def write_folder(weights: Iterable[tuple[str, Tensor]], path: Path, bucket_bytes: int) -> int:
@@ -48,8 +48,9 @@ def write_folder(weights: Iterable[tuple[str, Tensor]], path: Path, bucket_bytes
     for there in (path, part):
         if os.path.lexists(there) and not _is_ours(there):
             raise SyncError(
-                f"{there} is there, and not as a syncer writes it; expected a folder= for versions "
-                "alone, since old ones are removed: take another, or move it away"
+                f"{there} is there, and not as a syncer writes it, or cannot be listed; expected a "
+                "folder= for versions alone, since old ones are removed: take another, or move it "
+                "away"
             )
     try:
         for left in path.parent.glob(".version-*.part"):
@@ -96,7 +97,10 @@ def _is_ours(path: Path) -> bool:
     """Whether a folder holds what `write_folder` makes and nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
-    return all(name == _INDEX or _FILE.fullmatch(name) for name in os.listdir(path))
+    try:
+        return all(name == _INDEX or _FILE.fullmatch(name) for name in os.listdir(path))
+    except OSError:  # of somebody else, or just gone
+        return False
 
 
 def load_folder(client: Client, path: Path) -> None:

@@ -36,6 +36,7 @@ from miles.sync._session import (
     Session,
     answer,
     describe,
+    hang_up,
     receive,
     specs_of,
 )
@@ -200,7 +201,7 @@ class _Session:
         )
 
     def close(self) -> None:
-        self._socket.close()
+        hang_up(self._socket)
 
     def _write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> int:
         """Everything into the next buffer, told to the receiver bit by bit; bytes."""

@@ -264,6 +264,9 @@ class SGLangWeightCacheSyncer:
                     "weights again"
                 )
             elif touched:
+                with contextlib.suppress(SyncError):  # it may have the version already
+                    self._server.say(MIXED)
+                self._served = MIXED
                 where = (
                     "the server holds a part of it: a weight version below 0"
                     f"{', still paused' if self._pause else ''}; write all weights again"

@@ -154,6 +154,17 @@ def test_all_receivers_of_a_target_share_one_lock_and_others_have_another(kind):
 # The socket.
 
 
+def test_a_refused_push_hangs_up_though_a_forked_child_holds_a_copy(receive_for, syncer):
+    receive_for(target := Target())
+    push(syncer, 1)
+    copy = syncer._connection.dup()
+    with pytest.raises(SyncError):
+        syncer.push([], version=2)
+    push(syncer, 2)
+    assert target.weight_version == 2
+    copy.close()
+
+
 def test_a_closed_receiver_leaves_the_socket_of_its_successor(address):
     old = SharedMemoryReceiver(Target(), address)
     with closing(SharedMemoryReceiver(target := Target(), address)):

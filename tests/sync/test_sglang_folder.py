@@ -41,6 +41,8 @@ def test_what_a_killed_trainer_left_is_removed(server, syncer_for, tmp_path):
     syncer.push(weights(1).items(), version=1)
     for left in (".version-3.part", ".version-40.part", "version-2"):
         shutil.copytree(tmp_path / "version-1", tmp_path / left)
+    (tmp_path / ".version-2.part").mkdir()
+    (tmp_path / ".version-2.part" / ".tmp1cjaDg").touch()  # as safetensors writes
     syncer.push(weights(2).items(), version=2)  # over the one that is there
     assert os.listdir(tmp_path) == ["version-2"] and same(server.loaded, weights(2))
 

@@ -195,6 +195,24 @@ def test_a_server_that_cannot_be_emptied_serves_on(make):
     syncer.close()
 
 
+def test_a_server_that_did_not_go_on_is_written_again(make, monkeypatch):
+    world = make()
+    syncer = world.syncer()
+
+    def lost():
+        raise SyncError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syncer, "_go_on", lost)
+        with pytest.raises(SyncError, match="no answer"), syncer.updating(version=1):
+            pass
+    assert int(world.server.weight_version) < 0 and world.server.held
+    with syncer.updating(version=1):
+        pass
+    assert world.server.weight_version == "1" and not world.server.held
+    syncer.close()
+
+
 def test_a_server_that_cannot_be_emptied_does_not_serve_half_written_weights(make):
     world = make()
     syncer = world.syncer()

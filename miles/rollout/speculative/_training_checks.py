@@ -117,9 +117,11 @@ def check_state(
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raise `CheckpointError`, and change nothing, unless the state is of such an optimizer."""
+    before = optimizer.state_dict()  # loading makes others of its parts
     try:
         optimizer.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        optimizer.load_state_dict(before)
         raise CheckpointError(
             f"the state's optimizer is another one, or incomplete: {error!r}; expected what "
             "state_dict() returned with an optimizer of the same groups"

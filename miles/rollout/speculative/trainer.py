@@ -189,6 +189,7 @@ class DraftTrainer:
         self._named = own_parameters(draft, policy)
         check_made_for(draft, policy, steps)
         self._params = list(self._named.values())
+        self._own_optimizer = optimizer is None
         self.optimizer = optimizer_of(self._params, optimizer, lr)
         self._base_lrs = [float(settings["lr"]) for settings in self.optimizer.param_groups]
         self._loss_settings: dict[str, Any] = {
@@ -445,6 +446,9 @@ class DraftTrainer:
         """
         check_state(state, self._named, self.draft.target_ids)
         load_optimizer(self.optimizer, state["optimizer"])
+        if self._own_optimizer:  # this trainer's rate rules, not that of the run before
+            for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+                settings["lr"] = base
         self.discard()
         with torch.no_grad():
             for name, parameter in self._named.items():

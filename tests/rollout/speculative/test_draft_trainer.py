@@ -229,7 +229,31 @@ def test_a_state_of_other_target_ids_or_a_broken_optimizer_is_refused_whole():
             other.load_state_dict(state | {"optimizer": broken, "version": 7})
     torch.testing.assert_close(weights(other.draft), before, rtol=0, atol=0)
     assert other.version == 0
+    sgd = torch.optim.SGD(one.draft.parameters(), lr=0.5, momentum=0.9)
+    observe_once(one, token_batch())
+    one.step()
+    sgd.load_state_dict(
+        {
+            "state": {0: {"momentum_buffer": torch.zeros(1)}},
+            "param_groups": sgd.state_dict()["param_groups"],
+        }
+    )
+    with pytest.raises(CheckpointError, match="state's optimizer is another one"):
+        other.load_state_dict(state | {"optimizer": sgd.state_dict()})
+    observe_once(other, token_batch())
+    other.step()
     other.load_state_dict(state)
+
+
+def test_the_learning_rate_is_the_trainers_and_not_that_of_the_state():
+    policy = policy_of()
+    state = trainer_of(TinyDraft(policy), policy, lr=0.1, warmup_steps=10)
+    observe_once(state, token_batch())
+    state.step()
+    resumed = trainer_of(TinyDraft(policy), policy, lr=0.5, warmup_steps=0)
+    resumed.load_state_dict(state.state_dict())
+    observe_once(resumed, token_batch())
+    assert resumed.step()["draft/lr"] == 0.5
 
 
 def test_offloaded_weights_are_there_and_come_back_the_same():
