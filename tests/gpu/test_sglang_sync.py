@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from miles.errors import SyncError
 from miles.losses import token_logprobs
-from miles.rollout import SamplingParams, SGLangEngine, SGLangServer, collate
+from miles.rollout import SamplingParams, SGLangEngine, SGLangServer, Status, collate
 from miles.sync import SGLangSyncer, pack_parameters_
 
 SITE = os.environ.get("MILES_SGLANG_SITE", "")
@@ -131,6 +132,31 @@ def test_weights_are_read_where_they_are(server):
             assert report.num_buckets == 1 and report.copied_bytes == report.num_bytes
             assert gap(engine, trained, version) < MEAN_GAP
             print(how, report.summary())
+
+
+def test_a_push_ends_requests_that_were_held_in_place(server):
+    trained, version = model(3), next(VERSIONS)
+
+    async def rollout(engine, syncer):
+        params = SamplingParams(max_new_tokens=1900, ignore_eos=True)
+        await engine.generate([1, 7, 9], replace(params, max_new_tokens=4))  # compiles kernels
+        task = asyncio.create_task(engine.generate([1, 7, 9], params))
+        await asyncio.sleep(1.0)
+        await engine.pause()
+        weights = trained.state_dict().items()
+        await asyncio.to_thread(syncer.push, weights, version=version)
+        sample = await asyncio.wait_for(task, 30)
+        await engine.resume()
+        return sample
+
+    with (
+        closing(SGLangEngine(server.url, pause_mode="in_place")) as engine,
+        closing(SGLangSyncer(server.url, bucket_bytes=BUCKET)) as syncer,
+    ):
+        sample = asyncio.run(rollout(engine, syncer))
+        assert sample.status is Status.ABORTED and 0 < sample.num_generated_tokens < 1900
+        assert version not in sample.weight_versions
+        assert gap(engine, trained, version) < MEAN_GAP
 
 
 @pytest.fixture
