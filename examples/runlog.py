@@ -29,6 +29,9 @@ COLUMNS = {
     "time/tokens_per_second": "tokens/s",
 }
 
+MAY_DIFFER = ("out", "resume", "device", "num_rewards")
+"""Settings that a resumed run may change: no number of its steps depends on them."""
+
 
 class RunLog:
     """One run in one folder; a context manager that also turns Ctrl-C into `stopped`."""
@@ -159,7 +162,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any) -> int:
 
 
 def _same_run(old: dict[str, Any], new: dict[str, Any]) -> None:
-    differ = [k for k in new if old.get(k) != new[k] and k not in ("out", "resume", "device")]
+    differ = [k for k in new if old.get(k) != new[k] and k not in MAY_DIFFER]
     if differ:
         texts = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in differ]
         raise CheckpointError(

@@ -72,7 +72,8 @@ class SpeculativeConfig(Config):
     num_compared: int = 128
     """Prompts that the frozen draft speculates on after each step."""
     num_rewards: int = 1024
-    """Answers with the draft, and as many without, that are compared at the end."""
+    """Answers with the draft, and as many without, that are compared at the end; a run that is done
+    compares others with --resume."""
 
 
 def terms_of(text: str) -> list[int]:

@@ -70,8 +70,11 @@ def test_a_run_leaves_a_policy_and_a_draft_that_fits_it(example, tmp_path, capsy
     assert torch.equal(ids, kept) and len(ids) == 64
     trained = torch.load(tmp_path / "draft" / "step-000002.pt", weights_only=True)["draft"]
     torch.testing.assert_close(draft.fc.weight, trained["fc.weight"].bfloat16())
-    resumed = config(example, tmp_path, resume=True)
+    resumed = config(example, tmp_path, resume=True, num_rewards=6)
     assert torch.equal(example.vocabulary_of(resumed, None, None, None), kept)
+    example.main(resumed, tiny)
+    assert "reward with the draft" in capsys.readouterr().out
+    assert rows(tmp_path) == found
 
 
 def test_the_teacher_works_a_sum_out_and_is_sloppy_at_a_quarter(example):
