@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -22,7 +24,7 @@ from miles.moe.tape import RoutingTape
 from miles.rollout._features import FeatureTap
 from miles.rollout._graph import DecodeGraphs, Outputs
 
-__all__ = ["KVMemory", "RequestMemory", "SlotMemory", "supports_slots"]
+__all__ = ["KVMemory", "RequestMemory", "SlotMemory", "mixes_rows", "supports_slots"]
 
 LENGTH_TILE = 16
 KEY_TILE = 64
@@ -68,7 +70,10 @@ class KVMemory(Protocol):
 
 
 def supports_slots(model: nn.Module) -> str | None:
-    """None if `SlotMemory` can serve the model, else the reason why not."""
+    """None if `SlotMemory` can run the model, else the reason why not."""
+    decoder: Any = model.get_decoder()  # type: ignore[operator]  # of transformers
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return "it takes no position_ids, but counts positions by its cache"
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=text_config).layers}
@@ -78,6 +83,18 @@ def supports_slots(model: nn.Module) -> str | None:
     attention = getattr(text_config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f'its attention implementation is {attention!r}, not "sdpa" or "eager"'
+    return None
+
+
+def mixes_rows(model: nn.Module, max_context: int) -> str | None:
+    """Why what comes of a row depends on the others of its batch, or None."""
+    config: Any = model.config
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for kind in (rope, *(one for one in rope.values() if isinstance(one, dict))):
+        if kind.get("rope_type") == "longrope":
+            short = kind["original_max_position_embeddings"]
+            if max_context > short:
+                return f'its "longrope" turns all rows as one that is longer than {short} needs'
     return None
 
 
@@ -430,8 +447,11 @@ def _tape(recorder: RoutingReplay | None, recorded: list[Tensor]) -> RoutingTape
 def _only_positions(model: nn.Module, last_U: Tensor) -> Iterator[None]:
     """Have the head see one position a row, so that no `[U, L, V]` is ever made."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # of transformers
+    thread = threading.get_ident()  # a trainer may run the same model in another
 
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != thread:
+            return None
         hidden = inputs[0]
         return (
             hidden[torch.arange(hidden.shape[0], device=hidden.device), last_U][:, None],

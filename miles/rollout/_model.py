@@ -62,7 +62,7 @@ def memory_of(
         from miles.rollout import _kv
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
-    reason = _kv.supports_slots(model)
+    reason = _kv.supports_slots(model) or _kv.mixes_rows(model, settings["max_context"])
     if draft is not None:
         settings |= {"tap": _tap(model, draft, draft_steps), "max_proposed": draft_steps}
     if reason is None:

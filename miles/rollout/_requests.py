@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from miles.errors import EmptyBatchError, NonFiniteError, RoutingError
+from torch import nn
+
+from miles.errors import (
+    EmptyBatchError,
+    NonFiniteError,
+    PromptTooLongError,
+    RoutingError,
+    SettingError,
+    StopTokenError,
+)
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
 from miles.rollout._routing import StepRow, rows_of
 from miles.rollout._sampling import Draws
 from miles.rollout.sample import Sample, SamplingParams, Status
 
-__all__ = ["Request", "fit_routing", "new_sample", "resolve", "seed_of"]
+__all__ = [
+    "Request",
+    "check_eval",
+    "check_ids",
+    "check_request",
+    "check_stop_tokens",
+    "new_sample",
+    "resolve",
+    "seed_of",
+]
 
 
 @dataclass(eq=False)
@@ -133,4 +151,54 @@ def fit_routing(sample: Sample, model: RoutingReplay) -> None:
         raise RoutingError(
             f"the sample's routing has (layers, topk, experts) {got}; expected {expected}, "
             "as this model; set sample.routing = None to record it anew"
+        )
+
+
+def check_ids(request_ids: Sequence[str] | None) -> None:
+    """A text is a sequence of texts too, and `in` finds parts of it."""
+    if isinstance(request_ids, str):
+        raise SettingError(f"request_ids is {request_ids!r}; expected a list: [{request_ids!r}]")
+
+
+def check_eval(model: nn.Module) -> None:
+    """Dropout and checkpointing would change what is sampled."""
+    if model.training:
+        raise SettingError(
+            "the model is in training mode; expected eval mode, whenever the engine generates: "
+            "call model.eval(), and pause() while you train the same module"
+        )
+
+
+def check_request(
+    sample: Sample,
+    params: SamplingParams,
+    recorder: RoutingReplay | None,
+    vocab_size: int,
+    max_context: int,
+) -> None:
+    """Whether a model with such a vocabulary and context can go on with the sample."""
+    outside = [t for t in sample.tokens if not 0 <= t < vocab_size]
+    if outside:
+        raise SettingError(f"the prompt holds tokens {outside[:8]}; expected 0..{vocab_size - 1}")
+    if len(sample.tokens) >= max_context:
+        raise PromptTooLongError(
+            f"the prompt has {len(sample.tokens)} tokens and the context {max_context}; "
+            "expected room for at least one more; shorten it, or raise max_context"
+        )
+    if sample.num_generated_tokens >= params.max_new_tokens:
+        raise SettingError(
+            f"the sample to resume has {sample.num_generated_tokens} generated tokens and "
+            f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
+        )
+    check_stop_tokens(params.stop_token_ids, vocab_size)
+    if recorder is not None:
+        fit_routing(sample, recorder)
+
+
+def check_stop_tokens(tokens: Iterable[int], vocab_size: int) -> None:
+    """Those of the request, or of the model."""
+    unknown = sorted(t for t in tokens if not 0 <= t < vocab_size)
+    if unknown:
+        raise StopTokenError(
+            f"stop tokens {unknown} are not in the vocabulary; expected 0..{vocab_size - 1}"
         )

@@ -6,8 +6,10 @@ Shapes: R requests in a step, V vocabulary entries, M mixture-of-experts layers,
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
+import os
 import threading
 import traceback
 from collections import deque
@@ -18,16 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from miles.errors import (
-    EngineError,
-    PromptTooLongError,
-    SettingError,
-    StopTokenError,
-)
+from miles.errors import EngineError, SettingError
 from miles.moe.tape import RoutingTape
 from miles.rollout._draft_weights import DraftWeights
 from miles.rollout._model import eos_of, memory_of, recorder_of
-from miles.rollout._requests import Request, fit_routing, new_sample, resolve, seed_of
+from miles.rollout._requests import (
+    Request,
+    check_eval,
+    check_ids,
+    check_request,
+    check_stop_tokens,
+    new_sample,
+    resolve,
+    seed_of,
+)
 from miles.rollout._routing import StepRouting
 from miles.rollout._sampling import Draws, draw
 from miles.rollout.sample import Sample, SamplingParams, Status
@@ -122,7 +128,7 @@ class HFEngine:
             )
         self._max_context = limit if max_context is None else min(max_context, limit)
         self._eos = frozenset(eos_of(model) if eos_token_ids is None else eos_token_ids)
-        self._check_stop_tokens(self._eos)
+        check_stop_tokens(self._eos, self._vocab_size)
         self._recorder = recorder_of(model, record_routing)
         self._step_routing = StepRouting()
         sizes = {"num_slots": max_batch, "max_context": self._max_context}
@@ -194,7 +200,8 @@ class HFEngine:
     ) -> Future[Sample]:
         """`generate` for code without an event loop: a `concurrent.futures.Future`."""
         sample = prompt.copy() if isinstance(prompt, Sample) else new_sample(prompt)
-        self._check(sample, params)
+        check_eval(self.model)
+        check_request(sample, params, self._recorder, self._vocab_size, self._max_context)
         request = Request(
             request_id=f"request-{next(self._ids)}" if request_id is None else request_id,
             sample=sample,
@@ -214,6 +221,8 @@ class HFEngine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="HFEngine", daemon=True)
                 self._thread.start()
+                # A thread that computes while Python ends takes the process down.
+                atexit.register(self._at_exit, os.getpid())
             self._changed.notify_all()
         return request.future
 
@@ -223,6 +232,7 @@ class HFEngine:
 
     def abort_now(self, request_ids: Sequence[str] | None = None) -> None:
         """`abort` for code without an event loop."""
+        check_ids(request_ids)
         with self._between_steps():
             ended = [
                 request
@@ -251,6 +261,7 @@ class HFEngine:
         resolve(ended)
         if self._thread not in (None, threading.current_thread()):
             self._thread.join()
+        atexit.unregister(self._at_exit)
 
     @property
     def draft_weights(self) -> DraftWeights:
@@ -312,6 +323,10 @@ class HFEngine:
                 self._memory.weights_moved()
             self._version = version
 
+    def _at_exit(self, pid: int) -> None:
+        if os.getpid() == pid:  # a fork has no thread to end
+            self.close()
+
     # Everything below runs in the engine's thread, or between two of its steps.
 
     @contextlib.contextmanager
@@ -358,6 +373,7 @@ class HFEngine:
 
     def _step(self) -> None:
         """Fill free slots, then one token for every active request."""
+        check_eval(self.model)
         self._admit()
         running = [r for r in self._active.values() if not r.ended]
         if not running:
@@ -461,31 +477,3 @@ class HFEngine:
         else:
             self._queue.remove(request)
         request.complete(status, reason)
-
-    def _check(self, sample: Sample, params: SamplingParams) -> None:
-        outside = [t for t in sample.tokens if not 0 <= t < self._vocab_size]
-        if outside:
-            raise SettingError(
-                f"the prompt holds tokens {outside[:8]}; expected 0..{self._vocab_size - 1}"
-            )
-        if len(sample.tokens) >= self._max_context:
-            raise PromptTooLongError(
-                f"the prompt has {len(sample.tokens)} tokens and the context {self._max_context}; "
-                "expected room for at least one more; shorten it, or raise max_context"
-            )
-        if sample.num_generated_tokens >= params.max_new_tokens:
-            raise SettingError(
-                f"the sample to resume has {sample.num_generated_tokens} generated tokens and "
-                f"max_new_tokens is {params.max_new_tokens}; expected room for at least one more"
-            )
-        self._check_stop_tokens(params.stop_token_ids)
-        if self._recorder is not None:
-            fit_routing(sample, self._recorder)
-
-    def _check_stop_tokens(self, tokens: Iterable[int]) -> None:
-        unknown = sorted(t for t in tokens if not 0 <= t < self._vocab_size)
-        if unknown:
-            raise StopTokenError(
-                f"stop tokens {unknown} are not in the vocabulary; expected "
-                f"0..{self._vocab_size - 1}"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
 from miles.rollout import _wire
-from miles.rollout._requests import new_sample
+from miles.rollout._requests import check_ids, new_sample
 from miles.rollout._wire import Message
 from miles.rollout.hf import HFEngine
 from miles.rollout.sample import Sample, SamplingParams
@@ -52,6 +53,7 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Message]] = {}
         self._process: Any = None
+        self._reader: threading.Thread | None = None
         self.restart()
 
     @property
@@ -99,7 +101,9 @@ class EngineProcess:
             ours.close()
             detail = ready.error[1] if ready.error else f"{ready.op} within {self._start_timeout} s"
             raise EngineError(f"the engine did not start: {detail}")
-        threading.Thread(target=self._read, args=(ours, self._process), daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(ours, self._process), daemon=True)
+        self._reader = reader
+        reader.start()
 
     async def generate(
         self,
@@ -137,6 +141,7 @@ class EngineProcess:
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """As `HFEngine.abort`."""
+        check_ids(request_ids)
         ids = None if request_ids is None else list(request_ids)
         await asyncio.wrap_future(self._call(Message(next(self._ids), "abort", request_ids=ids)))
 
@@ -149,7 +154,7 @@ class EngineProcess:
         await asyncio.wrap_future(self._call(Message(next(self._ids), "resume")))
 
     def close(self) -> None:
-        """End the child; one that does not react is killed."""
+        """Abort everything and end the child; one that does not react is killed."""
         if self.alive:
             # In a thread: a child that no longer reads lets the pipe fill up, and sending wait.
             message = Message(next(self._ids), "close")
@@ -159,6 +164,8 @@ class EngineProcess:
             self._process.kill()
             asking.join()
         _join(self._process)
+        if self._reader not in (None, threading.current_thread()):
+            self._reader.join(CLOSE_SECONDS)  # it hands over what the child has sent
         self._pipe.close()
 
     def _call(self, message: Message) -> Future[Message]:
@@ -226,7 +233,7 @@ def _serve(pipe: Connection, factory: Callable[..., HFEngine], args: tuple[Any, 
     lock = threading.Lock()
 
     def answer(message: Message) -> None:
-        with lock:
+        with lock, contextlib.suppress(BrokenPipeError):  # then nobody waits for it
             pipe.send_bytes(_wire.encode(message))
 
     answer(Message(-1, "ready"))
@@ -236,6 +243,7 @@ def _serve(pipe: Connection, factory: Callable[..., HFEngine], args: tuple[Any, 
         except EOFError:
             return
         if request.op == "close":
+            engine.close()
             return
         try:
             _handle(engine, request, answer)

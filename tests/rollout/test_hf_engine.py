@@ -2,9 +2,11 @@
 
 import math
 import random
+import warnings
 
 import pytest
 import torch
+import transformers
 
 from miles.errors import (
     EmptyBatchError,
@@ -268,6 +270,53 @@ def test_a_model_with_other_state_than_full_attention_says_that_it_is_slow():
     reason = r"Gemma3ForCausalLM runs one request at a time.*DynamicSlidingWindowLayer.*same"
     with pytest.warns(UserWarning, match=reason):
         HFEngine(tiny("gemma3")).close()
+
+
+def assert_logprobs_of_a_full_pass(model, sample: Sample) -> None:
+    ids = torch.tensor([sample.tokens])
+    with torch.no_grad():
+        expected_T = token_logprobs(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:])
+    n = sample.num_prompt_tokens
+    got_T = torch.tensor(sample.rollout_logprobs[n:])
+    torch.testing.assert_close(got_T, expected_T[n - 1 :], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_counts_positions_by_its_cache_is_served_right():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=32,
+        decoder_attention_heads=4, max_position_embeddings=64, init_std=0.25,
+    )  # fmt: skip
+    model = transformers.BartForCausalLM(config)
+    with (
+        pytest.warns(UserWarning, match="takes no position_ids"),
+        serving(model, eos_token_ids=[]) as engine,
+    ):
+        for sample in generate_all(engine, [[5, 6, 7], [3]], params(8)):
+            assert_logprobs_of_a_full_pass(model, sample)
+
+
+def test_a_long_row_does_not_turn_the_keys_of_the_others():
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "factor": 4.0,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        original_max_position_embeddings=32, rope_parameters=rope, initializer_range=0.3,
+        eos_token_id=None, pad_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config)
+    prompts = [[5, 6, 7], [1 + i % 20 for i in range(40)]]
+    with pytest.warns(UserWarning, match="longrope"), serving(model) as engine:
+        for sample in generate_all(engine, prompts, params(8)):
+            assert_logprobs_of_a_full_pass(model, sample)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with serving(model, max_context=32) as engine:  # short factors for all
+            assert_logprobs_of_a_full_pass(model, generate_all(engine, prompts[:1], params(8))[0])
 
 
 def test_routing_is_recorded_on_request():

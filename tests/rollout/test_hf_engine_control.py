@@ -1,6 +1,9 @@
 """Steering the embedded engine: abort, resume, pause, new weights, failures, event loops."""
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from miles.errors import EngineError, NonFiniteError, RoutingError
+from miles.errors import EngineError, NonFiniteError, RoutingError, SettingError
 from miles.moe import RoutingTape
-from miles.rollout import HFEngine, Sample, Span, Status
+from miles.rollout import HFEngine, Sample, Span, Status, _kv
 from tests.models import Passes, generate_all, params, serving, tiny
 
 kinds = pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3"])
@@ -310,3 +313,56 @@ def test_a_prompt_near_the_context_and_a_long_one_among_short_ones():
     with serving(tiny("llama"), max_batch=8, max_context=20) as engine:
         samples = generate_all(engine, [list(range(18)), [1], [2, 3]], params(9, temperature=0.0))
     assert [len(s.tokens) for s in samples] == [20, 10, 11]
+
+
+def test_a_prefill_leaves_the_passes_of_other_threads_alone():
+    model, ids = tiny("llama"), torch.tensor([[1, 2, 3]])
+
+    def logits():
+        with torch.no_grad():
+            return model(ids).logits
+
+    with ThreadPoolExecutor(1) as other, _kv._only_positions(model, torch.tensor([2])):
+        assert logits().shape[1] == 1
+        assert other.submit(logits).result().shape[1] == 3
+
+
+def test_a_model_in_training_mode_samples_nothing():
+    with serving("llama") as engine:
+        engine.model.train()
+        with pytest.raises(SettingError, match=r"call model\.eval\(\)"):
+            engine.submit(PROMPT, LONG)
+        engine.model.eval()
+        passes = Passes(engine.model)
+        future = engine.submit(PROMPT, LONG)
+        passes.wait()
+        engine.model.train()
+        passes.go_on()
+        with pytest.raises(EngineError, match="training mode"):
+            future.result(timeout=60)
+        engine.model.eval()
+        assert len(answer(engine, PROMPT).tokens) == 53
+
+
+def test_python_ends_while_an_engine_generates():
+    lines = """
+    import sys, time
+    from miles.rollout import HFEngine
+    from tests.models import params, tiny
+    engine = HFEngine(tiny("llama", max_position_embeddings=4096))
+    futures = [engine.submit([5, 6, 7], params(4000)) for _ in range(4)]
+    time.sleep(0.3)
+    sys.exit(3)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 3 and "terminate" not in done.stderr, done.stderr
+
+
+def test_a_text_is_no_list_of_ids():
+    with (
+        serving("llama") as engine,
+        pytest.raises(SettingError, match=r"expected a list: \['r1'\]"),
+    ):
+        engine.abort_now("r1")

@@ -145,6 +145,26 @@ def test_a_cancelled_call_is_aborted_in_the_child_and_leaves_the_others_alone(en
     assert abort.request_ids == [sent[0].request_id]
 
 
+def test_a_child_that_is_closed_hands_over_what_it_has(engine, monkeypatch):
+    decode = _wire.decode
+    monkeypatch.setattr(_wire, "decode", lambda data: time.sleep(2.0) or decode(data))
+
+    async def main() -> list[Sample]:
+        calls = [asyncio.create_task(engine.generate([5, 6], LONG)) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(engine.close)
+        return await asyncio.gather(*calls)
+
+    for sample in asyncio.run(main()):
+        assert sample.status is Status.ABORTED and 2 < len(sample.tokens) < 62
+    assert engine._process.exitcode == 0
+
+
+def test_a_text_is_no_list_of_ids(engine):
+    with pytest.raises(SettingError, match=r"expected a list: \['r1'\]"):
+        asyncio.run(engine.abort("r1"))
+
+
 def test_a_child_that_has_ended_runs_for_no_thread():
     context, before = multiprocessing.get_context("fork"), sys.getswitchinterval()
 
