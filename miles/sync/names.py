@@ -16,8 +16,10 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from miles.errors import DtypeError, SettingError, ShapeError, SyncError
+from miles.sync._checksum import checksum
 from miles.sync._name_rules import (
     MegatronNames,
     Model,
@@ -28,6 +30,7 @@ from miles.sync._name_rules import (
     expand,
 )
 from miles.sync._name_tables import FAMILIES
+from miles.sync._plan import at_once
 from miles.sync._transforms import Concat, Copy, QueryGroups, Stack, Transform
 
 __all__ = [
@@ -52,8 +55,9 @@ _SHOWN = 8
 class NameMap:
     """Rules between two namings; tensors stream through it either way.
 
-    Nothing is held but the tensors of a rule that is not complete yet. Tensors that need no
-    rearranging come out as they went in, the same memory.
+    Nothing is held but the tensors of a rule that is not complete yet: as copies, where they come
+    from a generator, which may fill their memory again. Tensors that need no rearranging come out
+    as they went in, the same memory.
 
     Args:
         rules: each name of either side belongs to one of them.
@@ -111,8 +115,9 @@ class NameMap:
             ShapeError: a tensor whose shape is not the config's.
             DtypeError: tensors of several dtypes that are to be one.
         """
+        together = at_once(tensors)
         for step in self._steps:
-            tensors = step.run(tensors, strict)
+            tensors = step.run(tensors, strict, together)
         return iter(tensors)
 
     def backward(
@@ -156,17 +161,17 @@ class _Step:
         return _Step(self.table, flipped=not self.flipped)
 
     def run(
-        self, tensors: Iterable[tuple[str, Tensor]], strict: bool
+        self, tensors: Iterable[tuple[str, Tensor]], strict: bool, together: bool
     ) -> Iterator[tuple[str, Tensor]]:
         waiting: dict[int, dict[str, Tensor]] = {}
         seen: set[str] = set()
-        tied: dict[str, Tensor] = {}
+        tied: dict[str, Any] = {}
         for name, tensor in tensors:
             if name in seen:
                 raise SyncError(f"got {name} twice; expected each tensor once")
             seen.add(name)
             if self.ties:
-                self._check_ties(name, tensor, tied)
+                self._check_ties(name, tensor, tied, together)
             number = self.by_name.get(name)
             if number is None:
                 self._check_known(name)
@@ -177,6 +182,8 @@ class _Step:
                 del waiting[number], tensor
                 yield from self._apply(number, parts)
                 del parts
+            elif not together:
+                parts[name] = parts[name].clone()
         self._check_complete(waiting, seen, strict)
 
     def _apply(self, number: int, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -208,15 +215,16 @@ class _Step:
                 "config and the options of `name_map` with the model"
             )
 
-    def _check_ties(self, name: str, tensor: Tensor, tied: dict[str, Tensor]) -> None:
+    def _check_ties(self, name: str, tensor: Tensor, tied: dict[str, Any], together: bool) -> None:
         """A tied weight that is not one would be lost without a word."""
         for alias, owner in self.ties.items():
             if name not in (alias, owner):
                 continue
             other = tied.pop(owner, None)
+            mine = tensor.detach() if together else _as_seen(tensor)
             if other is None:
-                tied[owner] = tensor.detach()
-            elif other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                tied[owner] = mine
+            elif not _equal(mine, other):
                 raise SyncError(
                     f"{alias} differs from {owner}; expected equal values, since the config ties "
                     "them; set tie_word_embeddings=False if they are two weights"
@@ -234,6 +242,19 @@ class _Step:
                 f"of {self.namings[0]!r}; "
                 + ("pass strict=False for a part" if strict else "pass whole rules")
             )
+
+
+def _as_seen(tensor: Tensor) -> Any:
+    """What tells a tensor's values when its memory holds others; an embedding is large to copy."""
+    if type(tensor) in (Tensor, Parameter) and not tensor.is_meta:
+        return tensor.dtype, tensor.shape, checksum(tensor)
+    return tensor.detach().clone()
+
+
+def _equal(mine: Any, other: Any) -> bool:
+    if isinstance(mine, Tensor) and isinstance(other, Tensor):
+        return mine.dtype == other.dtype and torch.equal(mine, other)
+    return bool(mine == other)
 
 
 def families() -> tuple[str, ...]:

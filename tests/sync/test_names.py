@@ -265,6 +265,44 @@ def test_a_tied_head_may_come_if_it_is_the_embedding():
             dict(names.forward(stream))
 
 
+def refilled(tensors):
+    """As a trainer hands them out that gathers each into one buffer."""
+    size = max(tensor.numel() for tensor in tensors.values())
+    buffer = torch.empty(size, dtype=next(iter(tensors.values())).dtype)
+    for name, tensor in tensors.items():
+        yield name, buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+        buffer.fill_(-7)
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_stream_may_fill_one_buffer_again_and_again(name):
+    model = tiny(name)
+    disk = saved(model)
+    for target in ("megatron", "sglang", "hf_module"):
+        names = name_map(model.config, target=target)
+        wanted = dict(names.forward(disk.items()))
+        there = {key: tensor.clone() for key, tensor in names.forward(refilled(disk))}
+        same(there, wanted)
+        same({key: t.clone() for key, t in names.backward(refilled(wanted))}, disk)
+    direct = name_map(model.config, source="sglang", target="megatron")
+    served = dict(name_map(model.config, target="sglang").forward(disk.items()))
+    there = {key: tensor.clone() for key, tensor in direct.forward(refilled(served))}
+    same(there, dict(direct.forward(served.items())))
+
+
+def test_ties_are_checked_in_a_stream_that_fills_one_buffer_again():
+    model = tiny("qwen2-tied")
+    disk, names = saved(model), name_map(model.config)
+    head = disk["model.embed_tokens.weight"].clone()
+    dict(names.forward(refilled({"lm_head.weight": head} | disk)))
+    meta = {key: tensor.to("meta") for key, tensor in disk.items()}
+    dict(names.forward((key, tensor) for key, tensor in meta.items()))  # for shapes alone
+    head[3, 3] += 1
+    for tensors in ({"lm_head.weight": head} | disk, disk | {"lm_head.weight": head}):
+        with pytest.raises(SyncError, match=r"lm_head.weight differs from model.embed_tokens"):
+            dict(names.forward(refilled(tensors)))
+
+
 def test_what_no_side_has_a_place_for_passes_by():
     model = tiny("deepseek_v3", num_nextn_predict_layers=1)
     names, disk = name_map(model.config), saved(model)
