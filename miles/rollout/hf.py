@@ -146,7 +146,7 @@ class HFEngine:
                 draft, memory, self._step_routing, vocab_size=self._vocab_size,
                 num_steps=draft_steps, controller=controller, **sizes,
             )  # fmt: skip
-        self._version = weight_version
+        self._version, self._mixture = weight_version, ""
         self._ids = itertools.count()
         self._queue: deque[Request] = deque()
         self._active: dict[int, Request] = {}
@@ -215,8 +215,9 @@ class HFEngine:
         if self._speculation is not None:
             request.speculative = self._speculation.before(sample)
         with self._changed:
-            if self._closed:
-                raise EngineError("the engine is closed; make a new one")
+            refusal = "the engine is closed; make a new one" if self._closed else self._mixture
+            if refusal:
+                raise EngineError(refusal)
             self._queue.append(request)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="HFEngine", daemon=True)
@@ -306,22 +307,31 @@ class HFEngine:
     def commit_weights(
         self, tensors: Mapping[str, Tensor], *, version: int, alias: bool = False
     ) -> None:
-        """Serve `tensors` as `version` from the next step on; requests keep their caches."""
+        """Serve `tensors` as `version` from the next step on; requests keep their caches.
+
+        If that is broken off, by Ctrl-C too, the engine serves nothing until a whole commit.
+        """
         with self._between_steps(), torch.no_grad():
-            for name, live in self.weight_tensors().items():
+            pairs = [(live, tensors[name]) for name, live in self.weight_tensors().items()]
+            moved = alias or bool(self._mixture)
+            self._mixture = (
+                f"the commit of version {version} was broken off, and the engine holds a mixture; "
+                f"push all weights again, as a version above {self._version}"
+            )
+            for live, tensor in pairs:
                 if alias:
-                    live.data = tensors[name]
-                elif live.data_ptr() != tensors[name].data_ptr():
-                    live.copy_(tensors[name])
+                    live.data = tensor
+                elif live.data_ptr() != tensor.data_ptr():
+                    live.copy_(tensor)
                 # For who counts versions: `.data` and other processes don't.
                 torch.autograd.graph.increment_version(live)
             found = (getattr(m, "weights_changed", None) for m in self.model.modules())
             rounded = [forget for forget in found if callable(forget)]
             for forget in rounded:
                 forget()
-            if alias or rounded:  # what is made of weights anew lies elsewhere too
+            if moved or rounded:  # what is made of weights anew lies elsewhere too
                 self._memory.weights_moved()
-            self._version = version
+            self._version, self._mixture = version, ""
 
     def _at_exit(self, pid: int) -> None:
         if os.getpid() == pid:  # a fork has no thread to end
@@ -355,17 +365,19 @@ class HFEngine:
                 if self._closed:
                     return
                 self._stepping = True
-            failure = ""
+            failure = self._mixture
             try:
                 with torch.no_grad():
-                    self._step()
+                    if not failure:
+                        self._step()
             except Exception:  # whatever it was, it is told to all whose requests it ends
-                failure = traceback.format_exc()
+                failure = f"the model failed:\n{traceback.format_exc()}"
             with self._changed:
-                ended = [r for r in self._active.values() if r.ended or failure]
+                held = [*self._active.values(), *(self._queue if self._mixture else ())]
+                ended = [r for r in held if r.ended or failure]
                 for request in ended:
                     if not request.ended:
-                        request.error = EngineError(f"the model failed:\n{failure}")
+                        request.error = EngineError(failure)
                     self._release(request, *request.ending)
                 self._stepping = False
                 self._changed.notify_all()

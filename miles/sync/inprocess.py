@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from miles.protocols import SyncReport, WeightTarget
+from miles.sync._buckets import whole
 from miles.sync._plan import as_version, check_commit, check_version, committing, match
 
 __all__ = ["InProcessSyncer"]
@@ -17,7 +18,8 @@ class InProcessSyncer:
     """Hands the trainer's tensors to an engine in the same process.
 
     Where the engine holds the very same tensors (one model object for both), nothing moves and
-    only the version changes; elsewhere they are copied, cast to the engine's dtype.
+    only the version changes; elsewhere they are copied, cast to the engine's dtype. Sharded ones
+    (`DTensor`) are gathered before that, all of them: every rank pushes, to an engine of its own.
 
     Args:
         target: the engine.
@@ -46,6 +48,9 @@ class InProcessSyncer:
         live = self._target.weight_tensors()
         changed = check_version(version, self._target.weight_version)
         matched = match(weights, live) if changed else {}
+        for name, tensor in matched.items():
+            if not hasattr(live[name], "full_tensor"):
+                matched[name] = whole(tensor, live[name].dtype)
         copied = sum(
             t.nbytes
             for name, t in live.items()

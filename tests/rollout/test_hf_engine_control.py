@@ -171,6 +171,72 @@ def test_committed_weights_are_copied_or_kept_as_asked():
     assert answered.weight_versions == [2]
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def broken_off(engine: HFEngine, others: dict[str, torch.Tensor], *, by_hand: bool) -> None:
+    """A commit of version 1 that ends in the middle, or after the last tensor by Ctrl-C."""
+    if by_hand:
+        engine.model.weights_changed = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            engine.commit_weights(others, version=1, alias=True)
+        del engine.model.weights_changed
+    else:
+        *_, last = others
+        with pytest.raises(RuntimeError, match="size"):
+            engine.commit_weights(others | {last: torch.ones(2, 3)}, version=1)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_nothing_is_served_after_a_commit_that_was_broken_off(by_hand):
+    text = "commit of version 1 was broken off.*push all weights again, as a version above 0"
+    with serving(tiny("llama", seed=1)) as engine:
+        wanted = answer(engine, PROMPT).tokens
+    with serving("llama", max_batch=1) as engine:
+        others, passes = others_of(engine, "llama"), Passes(engine.model)
+        running, waiting = (engine.submit(PROMPT, LONG) for _ in range(2))
+        passes.wait()
+        broken_off(engine, others, by_hand=by_hand)
+        passes.go_on()
+        for future in (running, waiting):
+            with pytest.raises(EngineError, match=text):
+                future.result(60)
+        with pytest.raises(EngineError, match=text):
+            engine.submit(PROMPT, LONG)
+        assert engine.weight_version == 0 and not engine._active and not engine._queue
+        moved: list[int] = []
+        engine._memory.weights_moved = lambda: moved.append(1)
+        engine.commit_weights(others, version=1)
+        assert moved  # parameters may be other memory since the first
+        sample = answer(engine, PROMPT)
+    assert (sample.tokens, sample.weight_versions) == (wanted, [1])
+
+
+def test_a_paused_engine_goes_on_after_a_commit_that_was_broken_off_and_a_whole_one():
+    with serving("llama") as engine:
+        others, passes = others_of(engine, "llama"), Passes(engine.model)
+        future = engine.submit(PROMPT, LONG)
+        passes.wait()
+        asyncio.run(engine.pause())
+        passes.go_on()
+        broken_off(engine, others, by_hand=False)
+        engine.commit_weights(others, version=1)
+        asyncio.run(engine.resume())
+        assert future.result(60).weight_versions == [0, 1]
+
+
+def test_a_commit_that_lacks_a_tensor_writes_nothing():
+    with serving("llama") as engine:
+        whole = answer(engine, PROMPT)
+        others = others_of(engine, "llama")
+        *_, last = others
+        del others[last]
+        with pytest.raises(KeyError, match=last):
+            engine.commit_weights(others, version=1)
+        assert answer(engine, PROMPT).tokens == whole.tokens
+
+
 def test_weight_tensors_name_each_storage_once():
     with serving(tiny("llama", tie_word_embeddings=True)) as tied, serving("llama") as untied:
         names, all_names = set(tied.weight_tensors()), set(untied.weight_tensors())

@@ -2,6 +2,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from miles.errors import SyncError
 from miles.protocols import WeightSyncer, WeightTarget
@@ -9,6 +12,7 @@ from miles.rollout import HFEngine
 from miles.sync import InProcessSyncer
 from miles.sync._plan import committing
 from tests.models import params, serving, tiny
+from tests.sync.processes import launch
 from tests.sync.targets import Target, random_tensors, same, tensors
 
 
@@ -165,3 +169,22 @@ def test_a_stream_that_fills_one_buffer_again_is_refused():
     assert not any(tensor.any() for tensor in target.live.values())
     InProcessSyncer(target).push([("a", buffer), ("b", buffer)], version=1)  # tied
     assert target.weight_version == 1
+
+
+def sharded_trainer():
+    """Two ranks with an engine each, of another dtype; and one that shares the trainer's shards."""
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+    wanted = {"rows": torch.arange(10.0).view(5, 2), "plain": torch.ones(3)}
+    given = {"rows": distribute_tensor(wanted["rows"], mesh, [Shard(0)]), "plain": wanted["plain"]}
+    engine = Target({name: torch.zeros_like(t, dtype=torch.bfloat16) for name, t in wanted.items()})
+    report = InProcessSyncer(engine).push(given.items(), version=1)
+    shared = Target(given)
+    InProcessSyncer(shared).push(iter(given.items()), version=1)
+    return engine.live, report.copied_bytes, engine.weight_version, shared.weight_version
+
+
+def test_sharded_tensors_are_gathered_before_anything_is_written(tmp_path):
+    for live, copied, *versions in launch(sharded_trainer, 2, tmp_path):
+        assert live["rows"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+        assert live["plain"].tolist() == [1, 1, 1]
+        assert (copied, versions) == (26, [1, 1])
