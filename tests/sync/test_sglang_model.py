@@ -80,6 +80,36 @@ def test_dtypes_may_change_and_verify_reads_what_it_did(server, syncer_for):
     assert same(server.loaded, wider)
 
 
+def test_verify_keeps_what_was_sent_of_a_stream_that_fills_one_buffer_again(server, syncer_for):
+    def stream():
+        buffer = torch.empty(8, 8)
+        for number, name in enumerate(["first", "second"]):
+            yield name, buffer.fill_(number)
+
+    syncer_for(server, verify=["first"]).push(stream(), version=1)
+    assert server.weight_version == "1" and not server.paused
+
+
+class Half(Server):
+    """Holds float16, whatever it is sent."""
+
+    async def get_weights_by_name(self, body):
+        return self.loaded[body["name"]].half().float().tolist()[: body["truncate_size"]]
+
+
+def test_verify_takes_float16s_rounding_of_small_numbers(syncer_for):
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    held = numbers[numbers.abs() < 2**16]  # no infinities, no NaN
+    with Half("0.5.17") as server:
+        syncer = syncer_for(server, verify=["w"])
+        syncer.push([("w", held.expand(4, -1))], version=1)
+        server.take = lambda flat, metadata: None
+        other = held.clone()
+        other[held == 2**-20] *= 2
+        with pytest.raises(SyncError, match="holds other values of w"):
+            syncer.push([("w", other.expand(4, -1))], version=2)
+
+
 def test_a_draft_has_names_of_its_own(syncer_for):
     with Server("0.5.21", speculative="new") as server:
         policy, draft = syncer_for(server, selector="target"), syncer_for(server, selector="draft")
