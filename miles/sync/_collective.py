@@ -41,6 +41,7 @@ class Sender:
         """Meet all receivers: what they expect, and whether there is anything to do."""
         if self._lost:
             raise SyncError(f"{self._lost}; make a new process group, and a syncer of it")
+        self._at = ""
         try:
             self._tell({"op": "hello", "known": bool(self._expects)})
             hellos = {rank: self._link.receive(rank) for rank in self._peers}
@@ -75,14 +76,13 @@ class Sender:
             moved: is told how many bytes are under way, bucket by bucket.
         """
         start = time.perf_counter()
-        self._at = ""
         try:
             number, sending = self._stream(weights, specs, version, moved)
             streamed = time.perf_counter()
             votes = {rank: self._link.receive(rank) for rank in self._peers}
         except PeerLostError as error:
             raise self._give_up(error, version) from error
-        except BaseException as error:
+        except Exception as error:
             self._abort(f"{type(error).__name__}: {error}")
             raise
         refused = {rank: vote["error"] for rank, vote in votes.items() if "error" in vote}
@@ -109,6 +109,11 @@ class Sender:
                 "pause": commit,
             },
         }
+
+    def interrupted(self) -> None:
+        """A push was left anywhere, by Ctrl-C: which message would be next is unknown."""
+        self._lost = self._lost or "a push was interrupted"
+        self._link.abandon()
 
     def close(self) -> None:
         """Tell the receivers that no more will come."""

@@ -55,8 +55,8 @@ class CollectiveSyncer:
         trainers = dist.new_group([0, 1])
         CollectiveSyncer(pair, trainers=trainers).push(model.state_dict().items(), version=1)
 
-    After an error that says that a rank is gone the group is of no use: make a new one, with a new
-    syncer. After any other, push again.
+    After an error that says that a rank is gone, and after Ctrl-C, the group is of no use: make a
+    new one, with a new syncer. After any other, push again.
 
     On a GPU, pass a collection (`state_dict().items()`, a list): its tensors are copied and summed
     up a bucket at a time. Those of a generator, which may be gone when the next is asked for, and
@@ -112,6 +112,16 @@ class CollectiveSyncer:
         """
         start = time.perf_counter()
         version = as_version(version)
+        try:
+            outcome = self._push(weights, version)
+        except BaseException as error:
+            if self._sender is not None and not isinstance(error, Exception):  # Ctrl-C
+                self._sender.interrupted()
+            raise
+        return SyncReport(version=version, seconds=time.perf_counter() - start, **outcome)
+
+    def _push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        """The fields of a report."""
         plan = self._trainers.agree(lambda: self._sender and self._sender.open(version))
         outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
         if not plan["skip"]:
@@ -133,7 +143,7 @@ class CollectiveSyncer:
                 return None
 
             outcome = self._trainers.agree(send)
-        return SyncReport(version=version, seconds=time.perf_counter() - start, **outcome)
+        return outcome
 
     def close(self) -> None:
         """Tell the receivers that no more will come, and release the buffers."""
@@ -183,6 +193,7 @@ class CollectiveReceiver:
         self._where = Layout({})
         self._stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
+        self._interrupted = False
         self.error: Exception | None = None
         """What ended the thread of `start()`, if the sender did not."""
 
@@ -228,6 +239,8 @@ class CollectiveReceiver:
         Raises:
             SyncError: the push failed; the target serves what it served.
         """
+        if self._interrupted:
+            raise PeerLostError("receiving was interrupted; make a new process group")
         try:
             asked = self._link.receive(0, timeout=0)
             if asked["op"] == "close":
@@ -249,6 +262,11 @@ class CollectiveReceiver:
             ) from error
         except KeyError as error:
             raise PeerLostError(f"rank 0 sent nonsense: a message without {error}") from error
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C: which message is next is unknown
+                self._interrupted = True
+                self._link.abandon()
+            raise
         return self._target.weight_version
 
     def _hello(self, *, known: bool) -> dict[str, Any]:

@@ -231,3 +231,64 @@ def test_a_receiver_that_has_committed_says_that_it_serves_the_new_version(tmp_p
     _, (text, version) = launch(silent_after_the_commit, 2, tmp_path)
     matches(text, "rank 0 is gone; version 1 is still served")
     assert version == 1
+
+
+def interrupted(who, phase):
+    """Ctrl-C between two messages of a push; then a new group."""
+    rank, again = dist.get_rank(), dist.new_group([0, 1])
+    name = "receive" if who else "send"
+    real = getattr(Link, name)
+
+    def interrupting(link, other, message=None, **options):
+        given = () if message is None else (message,)
+        told = real(link, other, *given, **options)
+        if armed and (message or told).get("op") == phase:
+            armed.clear()
+            raise KeyboardInterrupt
+        return told
+
+    armed = []
+    setattr(Link, name, interrupting)
+    if rank == 0:
+        syncer = CollectiveSyncer(dist.group.WORLD, bucket_bytes=4096, timeout=1)
+        syncer.push(weights(1), version=1)
+        armed += [True] * (who == 0)
+        first, second = (ended(lambda: syncer.push(weights(2), version=2)) for _ in range(2))
+        syncer.close()
+        CollectiveSyncer(again, timeout=TIMEOUT).push(weights(3), version=3)
+        return first, second
+    target = Target()
+    receiver = CollectiveReceiver(target, dist.group.WORLD, timeout=1)
+    receiver.receive_once()
+    armed += [True] * (who == 1)
+    first = ended(receiver.receive_once)
+    served = target.weight_version
+    right = same(target.live, random_tensors(served))
+    second = ended(receiver.receive_once) if who else None
+    CollectiveReceiver(target, again, timeout=TIMEOUT).receive_once()
+    return first, served, right, target.weight_version, second
+
+
+def ended(function):
+    try:
+        return attempt(function)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_after_ctrl_c_in_a_push_new_groups_are_asked_for(tmp_path, phase):
+    (first, second), (_, served, right, after, _) = launch(interrupted, 2, tmp_path, 0, phase)
+    assert first == "KeyboardInterrupt"
+    matches(second, "^SyncError: a push was interrupted; make a new process group")
+    assert (served, right, after) == (2 if phase == "commit" else 1, True, 3)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_after_ctrl_c_in_a_receiver_a_new_group_is_asked_for(tmp_path, phase):
+    sent, (first, served, right, after, second) = launch(interrupted, 2, tmp_path, 1, phase)
+    assert first == "KeyboardInterrupt"
+    matches(second, "PeerLostError: receiving was interrupted; make a new process group")
+    matches(sent[1], "make a new process group")
+    assert phase != "hello" or "bucket" not in sent[0]  # of the push before
+    assert (served, right, after) == (1, True, 3)
