@@ -135,6 +135,7 @@ class DiskSyncer:
         """Let another trainer write to the folder; versions stay."""
         self._last = {}
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may have the file too
             self._lock.close()
             self._lock = None
 

@@ -134,6 +134,18 @@ def test_two_trainers_of_one_folder_are_refused(tmp_path):
         push(syncer, 1)
 
 
+def test_a_closed_trainer_lets_go_of_the_folder_that_a_forked_child_holds_too(tmp_path):
+    syncer = DiskSyncer(tmp_path)
+    held = os.dup(syncer._lock.fileno())  # what a child has, a worker of a DataLoader for one
+    try:
+        with pytest.raises(SyncError, match="another trainer writes to"):
+            DiskSyncer(tmp_path)
+        syncer.close()
+        DiskSyncer(tmp_path).close()
+    finally:
+        os.close(held)
+
+
 @pytest.mark.parametrize("setting", ["full_every", "keep", "shard_bytes"])
 def test_numbers_out_of_range(tmp_path, setting):
     with pytest.raises(SettingError, match=f"{setting} is 0; expected 1 or more"):
