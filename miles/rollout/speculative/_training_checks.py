@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miles.errors import CheckpointError, SettingError
+from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, SettingError
 from miles.rollout.speculative._capture import unwrapped
 
 __all__ = [
@@ -128,11 +128,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         ) from error
 
 
-def trouble_of(wrong_features: float, losses: Sequence[float], norm: float) -> list[str]:
-    """What of a step is NaN or infinite, in words."""
+def trouble_of(
+    count: float, wrong_features: float, *numbers: float, version: int
+) -> EmptyBatchError | NonFiniteError | None:
+    """Why no step can be taken, if none can: `numbers` are the losses and the gradient's norm."""
+    *losses, norm = numbers
     named = [(f"the loss of unrolled step {i}", loss) for i, loss in enumerate(losses)]
     named.append(("the norm of its gradient", norm))
-    found = [f"{name} is {number}" for name, number in named if not math.isfinite(number)]
+    bad = [f"{name} is {number}" for name, number in named if not math.isfinite(number)]
     if wrong_features:
-        found.insert(0, f"{wrong_features:.0f} features of the policy are NaN or infinite")
-    return found
+        bad.insert(0, f"{wrong_features:.0f} features of the policy are NaN or infinite")
+    if bad:
+        return NonFiniteError(
+            f"of the draft's step, {', '.join(bad)}; expected numbers; the draft stays at version "
+            f"{version}, and what was observed is dropped (look at the policy's hidden states "
+            "and logits, or lower lr)"
+        )
+    if not count:
+        return EmptyBatchError(
+            "there is no place to learn from on any rank; look at the mask, at which logits "
+            "the policy returned and, with a reduced vocabulary, at draft/dropped"
+        )
+    return None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from miles.errors import EmptyBatchError, NonFiniteError, SettingError
+from miles.errors import EmptyBatchError, SettingError
 from miles.losses import Metrics, reduce_metrics
 from miles.packed import Packed
 from miles.rollout.speculative._capture import Captured, capturing
@@ -367,7 +367,10 @@ class DraftTrainer:
             self._summed(parameter.grad).div_(divisor)
         limit = torch.inf if self._max_grad_norm is None else self._max_grad_norm
         norm = nn.utils.clip_grad_norm_(self._params, limit).to(torch.float64)
-        self._refuse(*torch.cat([sums, norm[None]]).tolist())
+        trouble = trouble_of(*torch.cat([sums, norm[None]]).tolist(), version=self.version)
+        if trouble is not None:
+            self._forget()
+            raise trouble
         if self.version < self._warmup_steps:
             factor = (self.version + 1) / self._warmup_steps
             for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
@@ -459,23 +462,6 @@ class DraftTrainer:
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
-
-    def _refuse(self, count: float, wrong_features: float, *numbers: float) -> None:
-        """Raise, and drop what was observed, unless there is a step to take."""
-        bad = trouble_of(wrong_features, numbers[:-1], numbers[-1])
-        if not bad and count:
-            return
-        self._forget()
-        if not bad:
-            raise EmptyBatchError(
-                "there is no place to learn from on any rank; look at the mask, at which logits "
-                "the policy returned and, with a reduced vocabulary, at draft/dropped"
-            )
-        raise NonFiniteError(
-            f"of the draft's step, {', '.join(bad)}; expected numbers; the draft stays at version "
-            f"{self.version}, and what was observed is dropped (look at the policy's hidden states "
-            "and logits, or lower lr)"
-        )
 
     def _check_here(self) -> None:
         if self._devices is not None:
