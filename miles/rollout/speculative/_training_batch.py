@@ -7,6 +7,7 @@ Shapes: B x L tokens, F features of a token.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from miles.errors import SettingError, ShapeError
 from miles.packed import Packed, check_tensors
 from miles.rollout.speculative._capture import Captured
 from miles.rollout.speculative._host import HostCopies, upload
-from miles.rollout.speculative.losses import check_batch
+from miles.rollout.speculative.losses import Kind, MaskPolicy, _valid, check_batch
 
 __all__ = ["Given", "TrainingBatch"]
 
@@ -93,26 +94,41 @@ class TrainingBatch:
             target_rows_BL=target.rows_of_places(*ids_BL.shape),
         )
 
-    def taken(self, share: float, before: int) -> tuple[TrainingBatch | None, int]:
-        """A share of the sequences, evenly spread, and how many there were.
+    def taken(
+        self, share: float, before: int, kind: Kind, mask_policy: MaskPolicy | None
+    ) -> tuple[TrainingBatch | None, int]:
+        """A share of the sequences, evenly spread, and how many there were to choose from.
 
-        A row is a sequence, or those in it are where there is only one row. `before` counts those
-        of the micro-batches before; the first of all is always taken, and until then so is a row
-        that is all padding, which does not count.
+        A row is a sequence, or those in it are where there is only one row. Only those count that
+        have a place to learn from. `before` counts those of the micro-batches before; the first of
+        all is always taken, and until then so is the first of those without, since a rank has to
+        observe something.
         """
+        if share == 1:
+            return self._without_padding(), 0
         starts_BL = self.seq_ids_BL != self.seq_ids_BL.roll(1, 1)
         starts_BL[:, 0] = True
         starts_BL &= self.seq_ids_BL >= 0
+        number_L = (starts_BL[0].cumsum(0) - 1).clamp(min=0)
         one_row = self.input_ids_BL.shape[0] == 1
-        found = int(starts_BL.sum()) if one_row else self.input_ids_BL.shape[0]
-        takes = [_is_taken(before + i, share) for i in range(found)]
-        if not (any(takes) or found == before == 0):
-            return None, found
+        places_BL = _valid(
+            self.mask_BL, self.seq_ids_BL, self.target_rows_BL, kind, mask_policy or MaskPolicy(), 1
+        ).view_as(self.mask_BL)
+        if one_row:
+            learns_N = torch.zeros(int(starts_BL.sum()), dtype=torch.bool)
+            learns_N[number_L[places_BL[0]]] = True
+        else:
+            learns_N = places_BL.any(1)
+        found, numbers = int(learns_N.sum()), itertools.count(before)
+        takes = [learns and _is_taken(next(numbers), share) for learns in learns_N.tolist()]
+        if not any(takes):
+            if found or before:
+                return None, found
+            takes[:1] = [True]
         if all(takes):
             return self._without_padding(), found
         takes_N = torch.tensor(takes)
         if one_row:
-            number_L = (starts_BL[0].cumsum(0) - 1).clamp(min=0)
             takes_N = takes_N[number_L] & (self.seq_ids_BL[0] >= 0)
         index_N = takes_N.nonzero()[:, 0]
         there_N = upload(index_N, self.input_ids_BL.device)

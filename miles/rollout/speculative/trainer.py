@@ -116,9 +116,9 @@ class DraftTrainer:
         optimizer: one over the draft's parameters, in place of AdamW; then `lr` is not read.
         kind: `draft_loss`'s: `kl`, `hard`, `tv` or `lk`.
         steps: K of the training-time test, 1 or more.
-        share: of the sequences of a step that the draft learns from, evenly spread, at least the
-            first of each step; the cost is nearly proportional to it. A micro-batch of which none
-            is taken costs nothing. Shuffle what comes sorted. Give 1 for a fresh draft.
+        share: of a step's sequences with places to learn from, evenly spread, at least the first;
+            the cost is nearly proportional to it. A micro-batch of which none is taken costs
+            nothing. Shuffle what comes sorted. Give 1 for a fresh draft.
         decay: weight of a step over that of the one before.
         temperature: what rollouts are sampled with.
         mask_policy: which places are learnt from; None for `MaskPolicy()`.
@@ -288,7 +288,8 @@ class DraftTrainer:
         whole = TrainingBatch.of(seen, given.and_after(mask, seq_ids_BL))
         if captured is None:
             self._captured, self._given = None, Given()
-        batch, found = whole.taken(self._share, self._num_sequences)
+        which = self._loss_settings["kind"], self._loss_settings["mask_policy"]
+        batch, found = whole.taken(self._share, self._num_sequences, *which)
         self._num_sequences += found
         if batch is None:
             return

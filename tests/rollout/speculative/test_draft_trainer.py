@@ -16,7 +16,7 @@ from miles.errors import (
     UnsupportedModelError,
 )
 from miles.rollout.speculative import AcceptanceStats, Eagle3Draft, NgramDraft
-from miles.rollout.speculative.losses import TargetLogits, draft_loss
+from miles.rollout.speculative.losses import MaskPolicy, TargetLogits, draft_loss
 from miles.rollout.speculative.trainer import Captured, DraftTrainer
 from tests.models import Passes, token_batch
 from tests.rollout.speculative.tiny_draft import (
@@ -157,6 +157,34 @@ def test_a_row_of_padding_is_observed_and_takes_no_sequence_s_place():
         observe_once(trainer, ids_BL)
         assert trainer.pending == 2
         trainer.step()
+
+
+@pytest.mark.parametrize("tokens", ["response", "all"])
+def test_a_share_is_of_the_sequences_with_places_to_learn_from(tokens):
+    ids_BL = token_batch(8, 9)
+    mask_BL = mask_of(ids_BL)
+    mask_BL[[0, 3, 4]] = False
+    mask_BL[4, 0] = True  # no step predicts the first place of a sequence
+    taken = [1, 5, 7] if tokens == "response" else [0, 2, 4, 6]
+
+    def learnt(batches, share=0.5):
+        policy = policy_of(dtype=torch.float64)
+        rule = MaskPolicy(tokens=tokens)
+        trainer = trainer_of(TinyDraft(policy), policy, share=share, mask_policy=rule)
+        for ids, mask, kwargs in batches:
+            observe_once(trainer, ids, mask, **kwargs)
+        found = grads(trainer.draft)
+        trainer.step()
+        return found
+
+    expected = learnt([(ids_BL[taken], mask_BL[taken], {})], share=1.0)
+    packed = {"position_ids": torch.arange(9).repeat(8)[None]}
+    for batches in (
+        [(ids_BL, mask_BL, {})],
+        [(i[None], m[None], {}) for i, m in zip(ids_BL, mask_BL, strict=True)],
+        [(ids_BL.reshape(1, -1), mask_BL.reshape(1, -1), packed)],
+    ):
+        torch.testing.assert_close(learnt(batches), expected)
 
 
 def test_every_step_learns_from_its_first_sequence():
