@@ -22,6 +22,9 @@ __all__ = [
     "trouble_of",
 ]
 
+ADAFACTOR_FACTORS = ("row_var", "col_var")
+"""The one state of torch's optimizers that has another shape than its parameter."""
+
 
 def check_settings(
     steps: int, share: float, warmup_steps: int, max_grad_norm: float | None
@@ -94,7 +97,7 @@ def check_state(
     state: Mapping[str, Any], named: Mapping[str, nn.Parameter], target_ids: Tensor | None
 ) -> None:
     """Raise `CheckpointError` unless the state is of these parameters and this vocabulary."""
-    keys = ("draft", "optimizer", "version", "target_ids")
+    keys = ("draft", "optimizer", "optimizer_class", "version", "target_ids")
     missing = [key for key in keys if key not in state]
     if missing:
         raise CheckpointError(f"the state lacks {missing}; expected what state_dict() returned")
@@ -115,17 +118,44 @@ def check_state(
         )
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Raise `CheckpointError`, and change nothing, unless the state is of such an optimizer."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, kind: str) -> None:
+    """Raise `CheckpointError`, and change nothing, unless the state is of such an optimizer; `kind`
+    is the name of its class."""
     before = optimizer.state_dict()  # loading makes others of its parts
     try:
+        _check_optimizer_state(optimizer, state, kind)
         optimizer.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         optimizer.load_state_dict(before)
         raise CheckpointError(
             f"the state's optimizer is another one, or incomplete: {error!r}; expected what "
-            "state_dict() returned with an optimizer of the same groups"
+            "state_dict() returned with an optimizer of the same class and groups"
         ) from error
+
+
+def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, kind: str) -> None:
+    """Raise `ValueError` for what torch would load, and fail of at the next step or never."""
+    own = type(optimizer)
+    if kind != own.__name__:
+        raise ValueError(f"it is {kind}, the trainer's is {own.__name__}")
+    for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        # More of them may come from a schedule of the learning rate.
+        if lacking := optimizer.defaults.keys() - theirs.keys():
+            raise ValueError(f"a group lacks {sorted(lacking)}")
+        if not own.__module__.startswith("torch.optim"):  # may keep tensors of any shape
+            continue
+        for number, parameter in zip(theirs["params"], ours["params"], strict=False):
+            for key, value in state["state"].get(number, {}).items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.ndim
+                    and value.shape != parameter.shape
+                    and key not in ADAFACTOR_FACTORS
+                ):
+                    raise ValueError(
+                        f"{key} of parameter {number} has shape {tuple(value.shape)}, not "
+                        f"{tuple(parameter.shape)} (are the parameters in another order?)"
+                    )
 
 
 def trouble_of(

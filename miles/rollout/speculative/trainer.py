@@ -438,18 +438,20 @@ class DraftTrainer:
         return {
             "draft": {name: p.detach().clone() for name, p in self._named.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "optimizer_class": type(self.optimizer).__name__,
             "version": self.version,
             "target_ids": None if ids is None else ids.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`.
+        """Go on from `state_dict()`; settings of an optimizer of your own are those of the state.
 
         Raises:
-            CheckpointError: of another draft or vocabulary, or incomplete; nothing has changed.
+            CheckpointError: of another draft, vocabulary or class of optimizer, or incomplete;
+                nothing has changed.
         """
         check_state(state, self._named, self.draft.target_ids)
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], state["optimizer_class"])
         if self._own_optimizer:  # this trainer's rate rules, not that of the run before
             for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
                 settings["lr"] = base

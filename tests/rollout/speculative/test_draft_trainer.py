@@ -8,7 +8,6 @@ from torch import nn
 
 from miles import Packed
 from miles.errors import (
-    CheckpointError,
     EmptyBatchError,
     NonFiniteError,
     SettingError,
@@ -194,94 +193,6 @@ def test_every_step_learns_from_its_first_sequence():
         observe_once(trainer, token_batch(1, 9))
         assert trainer.pending == 1
         trainer.step()
-
-
-@pytest.mark.parametrize("draft_of", [TinyDraft, Eagle3Draft.from_target])
-def test_interrupted_and_resumed_equals_uninterrupted(draft_of, tmp_path):
-    policy = policy_of()
-
-    def made():
-        torch.manual_seed(0)
-        return trainer_of(draft_of(policy), policy, lr=1e-2, warmup_steps=6)
-
-    def train(trainer, steps):
-        found = []
-        for step in steps:
-            observe_once(trainer, token_batch(seed=step))
-            found.append(trainer.step())
-        return found
-
-    whole = made()
-    expected = train(whole, range(6))
-    first = made()
-    train(first, range(3))
-    torch.save(first.state_dict(), tmp_path / "draft.pt")
-    train(first, range(3, 5))  # what goes on does not change what was saved
-    second = made()
-    second.load_state_dict(torch.load(tmp_path / "draft.pt"))
-    assert second.version == 3
-    torch.testing.assert_close(train(second, range(3, 6)), expected[3:], rtol=0, atol=0)
-    torch.testing.assert_close(weights(second.draft), weights(whole.draft), rtol=0, atol=0)
-
-
-def test_a_state_of_another_draft_is_refused_whole():
-    policy = policy_of()
-    trainer = trainer_of(TinyDraft(policy), policy)
-    state = trainer_of(TinyDraft(policy, reduced=False), policy).state_dict()
-    before = weights(trainer.draft)
-    with pytest.raises(CheckpointError, match=r"head\.weight"):
-        trainer.load_state_dict(state)
-    with pytest.raises(CheckpointError, match="version"):
-        trainer.load_state_dict({"draft": {}, "optimizer": {}})
-    sgd = torch.optim.SGD(trainer.draft.parameters(), lr=0.1, momentum=0.9)
-    sgd.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    other = trainer.state_dict() | {"optimizer": sgd.state_dict()}
-    with pytest.raises(CheckpointError, match="optimizer"):
-        trainer.load_state_dict(other)
-    torch.testing.assert_close(weights(trainer.draft), before, rtol=0, atol=0)
-
-
-def test_a_state_of_other_target_ids_or_a_broken_optimizer_is_refused_whole():
-    policy = policy_of()
-    one, other = (
-        trainer_of(Eagle3Draft.from_target(policy, target_ids=torch.arange(i, i + 8)), policy)
-        for i in (0, 8)
-    )
-    before, state = weights(other.draft), other.state_dict()
-    with pytest.raises(CheckpointError, match="other target_ids"):
-        other.load_state_dict(one.state_dict())
-    with pytest.raises(CheckpointError, match="other target_ids"):
-        other.load_state_dict(state | {"target_ids": None})
-    for broken in ({}, None, {"param_groups": state["optimizer"]["param_groups"]}):
-        with pytest.raises(CheckpointError, match="state's optimizer is another one"):
-            other.load_state_dict(state | {"optimizer": broken, "version": 7})
-    torch.testing.assert_close(weights(other.draft), before, rtol=0, atol=0)
-    assert other.version == 0
-    sgd = torch.optim.SGD(one.draft.parameters(), lr=0.5, momentum=0.9)
-    observe_once(one, token_batch())
-    one.step()
-    sgd.load_state_dict(
-        {
-            "state": {0: {"momentum_buffer": torch.zeros(1)}},
-            "param_groups": sgd.state_dict()["param_groups"],
-        }
-    )
-    with pytest.raises(CheckpointError, match="state's optimizer is another one"):
-        other.load_state_dict(state | {"optimizer": sgd.state_dict()})
-    observe_once(other, token_batch())
-    other.step()
-    other.load_state_dict(state)
-
-
-def test_the_learning_rate_is_the_trainers_and_not_that_of_the_state():
-    policy = policy_of()
-    state = trainer_of(TinyDraft(policy), policy, lr=0.1, warmup_steps=10)
-    observe_once(state, token_batch())
-    state.step()
-    resumed = trainer_of(TinyDraft(policy), policy, lr=0.5, warmup_steps=0)
-    resumed.load_state_dict(state.state_dict())
-    observe_once(resumed, token_batch())
-    assert resumed.step()["draft/lr"] == 0.5
 
 
 def test_offloaded_weights_are_there_and_come_back_the_same():
