@@ -13,14 +13,18 @@ from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, Setti
 from miles.rollout.speculative._capture import unwrapped
 
 __all__ = [
+    "VOCABULARY_MAPS",
     "check_made_for",
     "check_settings",
     "check_state",
     "load_optimizer",
     "optimizer_of",
     "own_parameters",
+    "own_tensors",
     "trouble_of",
 ]
+
+VOCABULARY_MAPS = ("d2t", "t2d")
 
 ADAFACTOR_FACTORS = ("row_var", "col_var")
 """The one state of torch's optimizers that has another shape than its parameter."""
@@ -67,6 +71,19 @@ def own_parameters(draft: Any, policy: nn.Module | None) -> dict[str, nn.Paramet
     return named
 
 
+def own_tensors(draft: Any, policy: nn.Module | None) -> dict[str, Tensor]:
+    """All that makes a draft what it is, by name: its parameters, frozen ones too, and the buffers
+    that modules save, but nothing that it shares with the policy, nor maps of its vocabulary."""
+    shared = [*policy.parameters(), *policy.buffers()] if policy is not None else []
+    left_out, saved = {id(tensor) for tensor in shared}, draft.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in draft.named_buffers() if name in saved}
+    return {
+        name: tensor
+        for name, tensor in (dict(draft.named_parameters()) | buffers).items()
+        if id(tensor) not in left_out and name not in VOCABULARY_MAPS
+    }
+
+
 def check_made_for(draft: Any, policy: nn.Module | None, steps: int) -> None:
     """Raise what the draft itself has against policy or steps, if it looks."""
     if hasattr(draft, "check_steps"):
@@ -94,15 +111,15 @@ def optimizer_of(
 
 
 def check_state(
-    state: Mapping[str, Any], named: Mapping[str, nn.Parameter], target_ids: Tensor | None
+    state: Mapping[str, Any], named: Mapping[str, Tensor], target_ids: Tensor | None
 ) -> None:
-    """Raise `CheckpointError` unless the state is of these parameters and this vocabulary."""
+    """Raise `CheckpointError` unless the state is of these tensors and this vocabulary."""
     keys = ("draft", "optimizer", "optimizer_class", "version", "target_ids")
     missing = [key for key in keys if key not in state]
     if missing:
         raise CheckpointError(f"the state lacks {missing}; expected what state_dict() returned")
     shapes = {name: tuple(tensor.shape) for name, tensor in state["draft"].items()}
-    expected = {name: tuple(p.shape) for name, p in named.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in named.items()}
     if shapes != expected:
         wrong = {n for n in shapes.keys() | expected if shapes.get(n) != expected.get(n)}
         raise CheckpointError(

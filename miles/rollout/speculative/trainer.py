@@ -22,19 +22,19 @@ from miles.rollout.speculative._capture import Captured, capturing
 from miles.rollout.speculative._host import upload
 from miles.rollout.speculative._training_batch import Given, TrainingBatch
 from miles.rollout.speculative._training_checks import (
+    VOCABULARY_MAPS,
     check_made_for,
     check_settings,
     check_state,
     load_optimizer,
     optimizer_of,
     own_parameters,
+    own_tensors,
     trouble_of,
 )
 from miles.rollout.speculative.losses import Kind, MaskPolicy, check_loss_settings, loss_of_rows
 
 __all__ = ["Captured", "DraftTrainer", "TrainableDraft", "TrainingAdvice"]
-
-VOCABULARY_MAPS = ("d2t", "t2d")
 
 
 class TrainableDraft(Protocol):
@@ -428,15 +428,18 @@ class DraftTrainer:
             self._devices = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer and version, between two steps; goes on with the same numbers.
+        """Draft, optimizer and version, between two steps; goes on with the same numbers.
+
+        Of the draft all parameters, frozen ones too, and the buffers that modules save; not what it
+        shares with the policy, if the trainer was given that.
 
         Raises:
             SettingError: micro-batches that were observed and not stepped.
         """
         self._check_idle("state_dict()")
-        ids = self.draft.target_ids
+        ids, own = self.draft.target_ids, own_tensors(self.draft, self.policy)
         return {
-            "draft": {name: p.detach().clone() for name, p in self._named.items()},
+            "draft": {name: tensor.detach().clone() for name, tensor in own.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "optimizer_class": type(self.optimizer).__name__,
             "version": self.version,
@@ -450,15 +453,16 @@ class DraftTrainer:
             CheckpointError: of another draft, vocabulary or class of optimizer, or incomplete;
                 nothing has changed.
         """
-        check_state(state, self._named, self.draft.target_ids)
+        own = own_tensors(self.draft, self.policy)
+        check_state(state, own, self.draft.target_ids)
         load_optimizer(self.optimizer, state["optimizer"], state["optimizer_class"])
         if self._own_optimizer:  # this trainer's rate rules, not that of the run before
             for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
                 settings["lr"] = base
         self.discard()
         with torch.no_grad():
-            for name, parameter in self._named.items():
-                parameter.copy_(state["draft"][name])
+            for name, tensor in own.items():
+                tensor.copy_(state["draft"][name])
         self.version = int(state["version"])
 
     def _summed(self, tensor: Tensor) -> Tensor:

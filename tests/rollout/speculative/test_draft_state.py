@@ -1,14 +1,16 @@
 """What a draft's trainer saves, and which states it refuses."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from miles.errors import CheckpointError
-from miles.rollout.speculative import Eagle3Draft
+from miles.rollout.speculative import Eagle3Draft, MTPDraft
 from tests.models import token_batch
+from tests.rollout.speculative.targets import target
 from tests.rollout.speculative.tiny_draft import (
     TinyDraft,
     observe_once,
@@ -44,6 +46,44 @@ def test_interrupted_and_resumed_equals_uninterrupted(draft_of, tmp_path):
     assert second.version == 3
     torch.testing.assert_close(train(second, range(3, 6)), expected[3:], rtol=0, atol=0)
     torch.testing.assert_close(weights(second.draft), weights(whole.draft), rtol=0, atol=0)
+
+
+def everything(draft):
+    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+
+def test_a_state_is_of_the_whole_draft_and_of_nothing_that_is_the_policys():
+    policy = target("deepseek_v3")
+    states, drafts = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        draft = MTPDraft.from_target(policy)
+        draft.stages[0].eh_proj.requires_grad_(False)  # a part that is not trained
+        for name, buffer in draft.named_buffers():
+            assert name.endswith("e_score_correction_bias")  # what routes its tokens
+            buffer.normal_()
+        draft.embedding = policy.get_input_embeddings().requires_grad_(False)
+        draft.register_buffer("scratch", torch.full((2,), seed), persistent=False)
+        drafts.append(draft)
+        states.append(trainer_of(draft, policy).state_dict())
+        assert states[-1]["draft"].keys() == everything(draft).keys() - {"embedding.weight"}
+    trainer, before = trainer_of(drafts[1], policy), everything(drafts[1])
+    for part in ("stages.0.eh_proj.weight", next(n for n in before if n.endswith("_bias"))):
+        lacking = {name: value for name, value in states[0]["draft"].items() if name != part}
+        with pytest.raises(CheckpointError, match=f"another draft.*{re.escape(part)}"):
+            trainer.load_state_dict(states[0] | {"draft": lacking})
+    torch.testing.assert_close(everything(drafts[1]), before, rtol=0, atol=0)
+    trainer.load_state_dict(states[0])
+    torch.testing.assert_close(everything(drafts[1]), everything(drafts[0]), rtol=0, atol=0)
+    assert drafts[1].scratch.tolist() == [1, 1]
+
+
+def test_a_vocabulary_is_held_once():
+    policy = policy_of()
+    draft = Eagle3Draft.from_target(policy, target_ids=torch.arange(0, 40, 2))
+    state = trainer_of(draft, policy).state_dict()
+    assert state["draft"].keys() == dict(draft.named_parameters()).keys()
+    assert state["target_ids"].equal(draft.target_ids)
 
 
 def test_a_state_of_another_draft_is_refused_whole():
