@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from miles.errors import CheckpointError, EmptyBatchError, NonFiniteError, SettingError
 from miles.rollout.speculative._capture import unwrapped
@@ -15,6 +18,7 @@ from miles.rollout.speculative._capture import unwrapped
 __all__ = [
     "VOCABULARY_MAPS",
     "check_made_for",
+    "check_ranks",
     "check_settings",
     "check_state",
     "load_optimizer",
@@ -91,6 +95,29 @@ def check_made_for(draft: Any, policy: nn.Module | None, steps: int) -> None:
     inner = unwrapped(policy, "get_decoder")
     if inner is not None and hasattr(draft, "check_target"):
         draft.check_target(inner)
+
+
+def check_ranks(
+    draft: Any, policy: nn.Module | None, device: torch.device, group: ProcessGroup
+) -> None:
+    """Raise `SettingError`, on every rank, unless all have the same draft, bit by bit."""
+    tensors = own_tensors(draft, policy) | {"target_ids": draft.target_ids}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor is not None:
+            digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    mine = torch.tensor([int.from_bytes(digest.digest()[:7])], device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    numbers: list[int] = torch.cat(found).tolist()
+    others = [rank for rank, number in enumerate(numbers) if number != numbers[0]]
+    if others:
+        raise SettingError(
+            f"the drafts of ranks {others[:8]} of the group are not that of rank 0; expected the "
+            "same on all: make them under one seed, or load one's weights into all, before the "
+            "trainers are made"
+        )
 
 
 def optimizer_of(

@@ -24,6 +24,7 @@ from miles.rollout.speculative._training_batch import Given, TrainingBatch
 from miles.rollout.speculative._training_checks import (
     VOCABULARY_MAPS,
     check_made_for,
+    check_ranks,
     check_settings,
     check_state,
     load_optimizer,
@@ -130,12 +131,13 @@ class DraftTrainer:
             autocast that is on around `observe`.
         controller: what `due` asks.
         group: data-parallel ranks, each with whole sequences: gradients and readings are summed
-            over them, and their drafts stay equal. All call `step` together.
+            over them, and their drafts, which have to be equal to begin with, stay equal. All make
+            their trainers together, and call `step` together.
 
     Raises:
         SettingError: settings out of range, a draft that owns parameters of the policy or has none,
             reads layers that it lacks or cannot take so many steps, or an optimizer of other
-            parameters, or float16 parameters.
+            parameters, or float16 parameters, or ranks with different drafts (on all of them).
         ShapeError: a draft of another vocabulary or hidden size.
 
     Example:
@@ -203,6 +205,8 @@ class DraftTrainer:
         self._given = Given()
         self._devices: list[torch.device] | None = None
         self._forget()
+        if group is not None:
+            check_ranks(draft, policy, self._params[0].device, group)
 
     def _forget(self) -> None:
         self._metrics: list[Metrics] = []

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from miles.errors import EmptyBatchError, NonFiniteError
+from miles.errors import EmptyBatchError, NonFiniteError, SettingError
 from miles.rollout.speculative.losses import TargetLogits
 from miles.rollout.speculative.trainer import Captured, DraftTrainer
 from tests.distributed.gloo import run
@@ -88,3 +88,26 @@ def test_a_rank_that_observed_nothing_is_told_of_on_all(tmp_path):
     got = run(only_rank_0_observes, 2, tmp_path)
     assert "nothing was observed on another rank" in got[0]
     assert "nothing was observed here" in got[1]
+
+
+def drafts_of_their_own():
+    found = []
+    for part in ("table.weight", "scratch", "target_ids", None):
+        draft = Draft()
+        draft.register_buffer("scratch", torch.zeros(2, dtype=torch.bfloat16))
+        draft.target_ids = torch.arange(V)
+        if torch.distributed.get_rank() == 1 and part is not None:
+            tensors = draft.state_dict() | {"target_ids": draft.target_ids}
+            tensors[part][-1] = 7
+        try:
+            DraftTrainer(draft, None, group=torch.distributed.group.WORLD)
+        except SettingError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_with_different_drafts_are_refused_on_all(tmp_path):
+    for found in run(drafts_of_their_own, 2, tmp_path):
+        assert len(found) == 3  # of four, the last of which are equal
+        for text in found:
+            assert "the drafts of ranks [1] of the group are not that of rank 0" in text
