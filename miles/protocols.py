@@ -62,7 +62,8 @@ class WeightTarget(Protocol):
         Called with exactly the names, shapes and dtypes of `weight_tensors()`. With `alias` the
         target keeps the tensors themselves; without, it copies.
 
-        All or nothing: if it raises, the target serves what it served, under the old version.
+        All or nothing: if it raises, the target serves what it served, under the old version, or
+        nothing until a whole commit.
         Carriers report that, and push the version whole again; they do not undo half a commit,
         but never write to memory that such a target may have kept.
         """
