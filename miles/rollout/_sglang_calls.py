@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
 from miles.rollout._sglang_answer import RoutingLayout, complete
+from miles.rollout._sglang_api import version_number
 from miles.rollout._sglang_http import (
     Aborted,
     Busy,
@@ -194,6 +195,9 @@ class Calls:
         except Aborted as error:  # while it waited at a paused server
             call.aborted = True
             raise asyncio.CancelledError from error
+        said = answer.meta_info.weight_version
+        if 0 <= version_number(said, url=server.url) < version:  # it was started again, say
+            await self._servers.suspect(server, Refused(f"{server.url} went back to {said}"))
         complete(
             sample, answer, sent_version=version, routing=self._how.routing, routing_start=start,
             sampling_mask=self._how.sampling_mask, who=f"request {call.request_id!r}",
@@ -201,7 +205,7 @@ class Calls:
         )  # fmt: skip
         if call.retries:
             sample.metadata["retries"] = call.retries
-        self._servers.heard(server, answer.meta_info.weight_version)
+        self._servers.heard(server, said)
         return sample
 
     def _routing_start(self, sample: Sample) -> int:

@@ -176,6 +176,27 @@ def test_weights_never_go_back():
             asyncio.run(engine.generate(PROMPT, params()))
 
 
+def test_a_server_that_was_started_again_between_two_requests_gets_no_third():
+    quick = {"retries": 1, "recheck_seconds": 1000.0}
+    for version in ("0.5.17", "0.5.21"):
+        with two(version=version, weight_version="5", engine=quick) as (first, _, engine):
+            first.stop()
+            first.weight_version = "0"
+            first.start()
+            samples = [generate(engine, [[3, i]])[0] for i in range(3, 9)]
+            assert [s.weight_versions for s in samples].count([0]) == 1
+            assert states(engine) == [False, True] and engine.servers[0].weight_version == 0
+            assert "weights of version 0; expected 5" in engine.servers[0].reason
+            first.weight_version = "5"
+            asyncio.run(engine.refresh())
+            assert states(engine) == [True, True]
+    with one(weight_version="5", engine=quick) as (fake, engine):
+        fake.weight_version = "0"
+        assert generate(engine, [PROMPT])[0].weight_versions == [0]
+        with pytest.raises(EngineDiedError, match="weights of version 0; expected 5"):
+            generate(engine, [PROMPT])
+
+
 def test_a_server_that_comes_back_into_a_pause_is_paused():
     with two() as (first, _, engine):
         asyncio.run(engine.pause())
