@@ -17,6 +17,9 @@ __all__ = ["Servers"]
 BLOCK = 128
 """Prefixes are told apart in blocks of so many tokens."""
 MAX_PREFIXES = 65_536
+SLACK = 16
+"""Requests that a server may have beyond 5/4 of the least busy one's: a group of so many stays
+together even where nothing else runs."""
 PROBE_SECONDS = 0.2
 """A server that answered so recently is taken to be alive."""
 
@@ -76,7 +79,11 @@ class Servers:
         await asyncio.gather(*(server.close() for server in self))
 
     async def pick(self, sample: Sample) -> Server | None:
-        """The server for this sample: the one that has its prompt, else the next in turn."""
+        """The server for this sample: the one that has its prompt, else the next in turn.
+
+        One that is much busier than another gets none, or a prefix of many prompts, such as
+        examples that all begin with, would bring everything to one server.
+        """
         alive = [server for server in self if server.alive]
         if not alive:
             # All that wait for new weights come here again and again: one look serves them.
@@ -86,12 +93,13 @@ class Servers:
             alive = [server for server in self if server.alive]
         if len(alive) < 2:
             return alive[0] if alive else None
+        least = min(server.in_flight for server in alive)
+        limit = least + least // 4 + SLACK
+        free = [server for server in alive if server.in_flight <= limit]
         prefixes = _prefixes(sample.tokens[: sample.num_prompt_tokens])
-        server = next(
-            (home for key in prefixes if (home := self._homes.get(key)) and home.alive), None
-        )
+        server = next((home for key in prefixes if (home := self._homes.get(key)) in free), None)
         if server is None:
-            server = alive[self._turn % len(alive)]
+            server = free[self._turn % len(free)]
             self._turn += 1
         for key in prefixes:
             self._homes[key] = server

@@ -42,10 +42,11 @@ class SGLangEngine:
     whose server is gone. Connections live in a thread of the engine's own, so any event loop, or
     none, can wait.
 
-    With several servers the requests of one prompt go to one server, whose cache has it, and
-    prompts take turns. A server that is gone gets no request until it answers again and has the
-    version that the others have; if there are no others, a newer one will do. Of a server whose
-    version is negative, as while `SGLangSyncer` pushes, the new weights are waited for.
+    With several servers the requests of one prompt go to one server, whose cache has it, unless it
+    is much busier than another, and prompts take turns. A server that is gone gets no request until
+    it answers again and has the version that the others have; if there are no others, a newer one
+    will do. Of a server whose version is negative, as while `SGLangSyncer` pushes, the new weights
+    are waited for.
 
     Args:
         urls: addresses like `http://host:30000`. All must answer when the engine is made.

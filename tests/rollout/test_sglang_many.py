@@ -64,6 +64,22 @@ def test_a_longer_prompt_goes_where_most_of_it_is_but_a_system_prompt_binds_nobo
         assert len(first.requests) == 4 and len(other.requests) == 2
 
 
+@pytest.mark.parametrize("prompts", ["a long beginning in common", "one"])
+def test_a_server_that_is_much_busier_than_another_gets_no_more(prompts):
+    own = 1 if prompts == "one" else 30
+    with two(context_length=8192, step_seconds=0.05) as (first, other, engine):
+        for _ in range(2):
+            samples = generate(engine, [[5] * 130 + [i % own] * 60 for i in range(90)])
+        assert all(sample.num_generated_tokens == 4 for sample in samples)
+        assert min(len(first.requests), len(other.requests)) > 2 * 30
+
+
+def test_a_group_stays_together_where_nothing_else_runs():
+    with two(step_seconds=0.05) as (first, other, engine):
+        generate(engine, [PROMPT] * 16)
+        assert len(first.requests) == 16 and not other.requests
+
+
 def test_a_resumed_sample_goes_back_to_its_server():
     with two() as (first, other, engine):
         parts = generate(engine, [[3, i] for i in range(3, 9)])
