@@ -7,7 +7,7 @@ import contextlib
 import random
 import uuid
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from miles.errors import EngineDiedError, EngineError
@@ -61,6 +61,8 @@ class Call:
     server: Server | None = None
     aborted: bool = False
     retries: int = 0
+    busy: set[Server] = field(default_factory=set)
+    """Who sent it away; others are asked first."""
 
 
 class Calls:
@@ -135,7 +137,7 @@ class Calls:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             await self._gate.wait()
             async with self._slots:
-                server = await self._pick(call.sample)
+                server = await self._pick(call)
                 if server is None:
                     problem = self._servers.none_left()
                     call.retries += 1
@@ -144,6 +146,9 @@ class Calls:
                     return await self._ask(call, server)
                 except Busy as error:
                     problem = error
+                    call.busy.add(server)
+                    if call.busy.issuperset(s for s in self._servers if s.alive):
+                        call.busy = {server}  # all did: in turn
                 except NotReached as error:
                     problem = error
                     await self._servers.suspect(server, error)
@@ -161,11 +166,11 @@ class Calls:
                 raise asyncio.CancelledError
             call.retries += 1
 
-    async def _pick(self, sample: Sample) -> Server | None:
+    async def _pick(self, call: Call) -> Server | None:
         """A server, when no pause and no update is under way; None: none is left."""
         while True:
             await self._gate.wait()
-            server = await self._servers.pick(sample)
+            server = await self._servers.pick(call.sample, call.busy)
             if server is None and self._servers.updating:
                 await asyncio.sleep(UPDATE_POLL_SECONDS)
             elif self._gate.is_set():  # no pause came while servers were looked at

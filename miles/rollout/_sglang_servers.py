@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Literal
 
 from miles.errors import EngineDiedError, EngineError, SettingError
@@ -78,11 +78,12 @@ class Servers:
         """End all connections."""
         await asyncio.gather(*(server.close() for server in self))
 
-    async def pick(self, sample: Sample) -> Server | None:
+    async def pick(self, sample: Sample, busy: Collection[Server] = ()) -> Server | None:
         """The server for this sample: the one that has its prompt, else the next in turn.
 
         One that is much busier than another gets none, or a prefix of many prompts, such as
-        examples that all begin with, would bring everything to one server.
+        examples that all begin with, would bring everything to one server. Those that were `busy`
+        get none as long as another is there.
         """
         alive = [server for server in self if server.alive]
         if not alive:
@@ -93,6 +94,7 @@ class Servers:
             alive = [server for server in self if server.alive]
         if len(alive) < 2:
             return alive[0] if alive else None
+        alive = [server for server in alive if server not in busy] or alive
         least = min(server.in_flight for server in alive)
         limit = least + least // 4 + SLACK
         free = [server for server in alive if server.in_flight <= limit]

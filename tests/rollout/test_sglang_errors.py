@@ -249,6 +249,31 @@ def test_a_server_that_is_busy_is_asked_again(status):
         assert left[0] == 1000 - 6, "the first and five repetitions"
 
 
+def test_what_a_busy_server_sent_away_is_asked_of_another():
+    def full(answer):
+        raise Refusal(503, {"error": "full"})
+
+    with (
+        FakeSGLang() as first,
+        FakeSGLang() as other,
+        contextlib.closing(SGLangEngine([first.url, other.url], **QUICK)) as engine,
+    ):
+        first.meddle = full
+        for prompt in range(4):
+            sample = engine.submit([prompt, 2], params()).result(20)
+            assert sample.metadata["server"] == other.url
+            assert sample.metadata.get("retries", 0) <= 1
+        assert all(server.alive for server in engine.servers) and first.requests
+        other.meddle = full  # with nobody else left they are asked again
+        before = [len(fake.requests) for fake in (first, other)]
+        with pytest.raises(EngineError, match=r"503.*full"):
+            engine.submit(PROMPT, params()).result(20)
+        after = [len(fake.requests) for fake in (first, other)]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [3, 3]
+        first.meddle = lambda answer: answer
+        assert engine.submit([9], params()).result(20).metadata["server"] == first.url
+
+
 def test_waits_before_repetitions_double_up_to_a_limit_and_are_spread(monkeypatch):
     class Clock:
         """asyncio, whose `sleep` of the calls takes no time."""
