@@ -63,9 +63,10 @@ class SGLangServer:
         python: the interpreter that has SGLang.
         module: what to run instead of `sglang.launch_server`.
         log: file for its output; None takes a temporary one, see above.
-        on_line: called with each line of it, in a thread.
+        on_line: called with each line of it, in a thread. The first time that it raises is a
+            warning; it gets the next lines all the same.
         start_timeout: seconds until the first answer.
-        stop_timeout: seconds between SIGTERM and SIGKILL.
+        stop_timeout: seconds between SIGTERM and SIGKILL, and for `on_line` to return after that.
         api_key: passed on, and used for the first request.
 
     Raises:
@@ -253,9 +254,16 @@ class SGLangServer:
         if self._process is not None:
             self._process.wait()
         self._group = None
-        if self._reader not in (None, threading.current_thread()):  # `on_line` may stop it
-            self._reader.join()
-        self._reader = None
+        reader, self._reader = self._reader, None
+        if reader not in (None, threading.current_thread()):  # `on_line` may stop it
+            reader.join(self._stop_timeout)
+            if reader.is_alive():
+                warnings.warn(
+                    f"on_line= did not return within {self._stop_timeout} s (stop_timeout) of the "
+                    "server's end; expected it to read lines as they come; its thread is left "
+                    "behind, and hands it the rest if it ever returns",
+                    stacklevel=4,
+                )
 
     def _signal(self, number: int) -> None:
         if self._group is not None:
@@ -310,6 +318,23 @@ class SGLangServer:
 
     def _read(self, process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
         """Hand on lines until the process is gone and all are read."""
+        failed = False
+
+        def hand_on(line: bytes) -> None:
+            nonlocal failed
+            text = line.decode(errors="replace")
+            try:
+                on_line(text)
+            except Exception as error:
+                if not failed:
+                    failed = True
+                    warnings.warn(
+                        f"on_line= raised {type(error).__name__} ({error}) at the line {text!r}; "
+                        "expected it to take any; it gets those that follow, and what else it "
+                        "raises is not told",
+                        stacklevel=2,
+                    )
+
         with self.log.open("rb") as file:
             rest = b""
             while True:
@@ -317,10 +342,10 @@ class SGLangServer:
                 rest += file.read()
                 *lines, rest = rest.split(b"\n")
                 for line in lines:
-                    on_line(line.decode(errors="replace"))
+                    hand_on(line)
                 if gone:
                     if rest:
-                        on_line(rest.decode(errors="replace"))
+                        hand_on(rest)
                     return
                 time.sleep(POLL_SECONDS)
 

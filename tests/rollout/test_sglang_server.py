@@ -160,6 +160,36 @@ def test_a_server_may_be_stopped_by_what_reads_its_lines():
     started.stop()
 
 
+def test_what_reads_its_lines_may_fail_at_one_and_gets_the_next():
+    lines = []
+
+    def read(line):
+        lines.append(line)
+        raise ValueError("no number")
+
+    with (
+        pytest.warns(UserWarning, match=r"on_line= raised ValueError \(no number\)") as told,
+        server(on_line=read) as started,
+    ):
+        with started.log.open("a") as log:
+            log.write("more\n")
+        until(lambda: "more" in lines)
+    assert len(told) == 1
+
+
+def test_what_reads_its_lines_and_never_returns_holds_no_stop_up():
+    over = threading.Event()
+    started = server(on_line=lambda line: over.wait(), stop_timeout=0.5).start()
+    try:
+        with pytest.warns(UserWarning, match=r"on_line= did not return within 0\.5 s"):
+            stopping = threading.Thread(target=started.stop, daemon=True)
+            stopping.start()
+            stopping.join(20)
+        assert not stopping.is_alive() and gone(started.pid)
+    finally:
+        over.set()
+
+
 def test_children_and_servers_that_ignore_sigterm_are_ended_too():
     with server("--stubborn", "--with-child", stop_timeout=0.3) as started:
         child = int(started.log.read_text().partition("child ")[2].split()[0])
