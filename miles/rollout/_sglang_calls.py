@@ -86,11 +86,12 @@ class Calls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def keep(self, work: Coroutine[Any, Any, Any]) -> None:
+    def keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Let something run beside; the loop itself holds tasks only weakly."""
         task = asyncio.get_running_loop().create_task(work)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        return task
 
     async def close(self, seconds: float) -> None:
         """End every call."""
@@ -305,20 +306,25 @@ class Calls:
             raise
 
     async def pause(self, mode: PauseMode) -> None:
-        """Let the servers, and what is not sent yet, wait."""
+        """Let the servers, and what is not sent yet, wait; given up or failing, it is undone."""
         async with self._pausing:
             self._gate.clear()
             held, self._servers.paused = self._servers.paused == "in_place", mode
+            telling = self.keep(self._tell_of_pause(mode, retract=held and mode == "abort"))
             try:
-                if held and mode == "abort":  # they would never end, and servers wait for them
-                    await self._servers.everywhere(lambda server: server.pause("retract"))
-                await self._servers.everywhere(lambda server: server.pause(mode))
-            except EngineError:  # some may be paused, some not: all go on
+                await asyncio.shield(telling)
+            except BaseException:  # some may be paused, some not: all go on
+                await asyncio.wait([telling])  # a pause on its way would take hold after its end
                 self._servers.paused = None
                 with contextlib.suppress(EngineError):
                     await self._servers.everywhere(lambda server: server.resume())
                 self._gate.set()
                 raise
+
+    async def _tell_of_pause(self, mode: PauseMode, *, retract: bool) -> None:
+        if retract:  # they would never end, and servers wait for them
+            await self._servers.everywhere(lambda server: server.pause("retract"))
+        await self._servers.everywhere(lambda server: server.pause(mode))
 
     async def resume(self) -> None:
         """Go on after `pause`; if a server does not, all is as before, to be tried again."""

@@ -225,7 +225,10 @@ class SGLangEngine:
         await asyncio.wrap_future(self._start(self._calls.abort(request_ids)))
 
     async def pause(self) -> None:
-        """Sample no further token until `resume`, as `pause_mode` says; new requests wait here."""
+        """Sample no further token until `resume`, as `pause_mode` says; new requests wait here.
+
+        If it raises or is cancelled, all go on, as soon as the servers have answered.
+        """
         await asyncio.wrap_future(self._start(self._calls.pause(self.pause_mode)))
 
     async def resume(self) -> None:
@@ -308,10 +311,11 @@ class SGLangEngine:
 
     async def _shut_down(self) -> None:
         await self._calls.close(CLOSE_SECONDS)
-        if tasks := list(self._tasks):
+        tasks = set(self._tasks)
+        while tasks:  # one that undoes a pause gets a while for it
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            _, tasks = await asyncio.wait(tasks, timeout=CLOSE_SECONDS / 2)
         await self._calls.end_beside()
         await self._servers.close()
 

@@ -135,6 +135,29 @@ def test_a_pause_that_fails_leaves_nobody_paused():
         assert not other.held and "/continue_generation" in other.calls
 
 
+@pytest.mark.parametrize("mode", ["in_place", "abort"])
+def test_a_pause_that_is_cancelled_leaves_nobody_paused(mode):
+    with two(engine={"pause_mode": mode}) as (first, other, engine):
+        other.pause_seconds = 0.5
+
+        async def rollout():
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine.pause(), 0.2)
+            work = [engine.generate([3, i], params(4)) for i in range(4)]
+            samples = await asyncio.wait_for(asyncio.gather(*work), 10)
+            other.pause_seconds = 0.0
+            await engine.pause()  # one that is not is as ever
+            late = asyncio.create_task(engine.generate([9], params(3)))
+            await asyncio.sleep(0.1)
+            assert first.held and other.held and not late.done()
+            await engine.resume()
+            return samples, await asyncio.wait_for(late, 10)
+
+        samples, late = asyncio.run(rollout())
+        assert [s.tokens for s in samples] == [expected([3, i], 4)[0] for i in range(4)]
+        assert late.num_generated_tokens == 3 and not first.held and not other.held
+
+
 def test_after_close_every_call_has_ended_and_new_ones_say_so():
     with one(step_seconds=0.05) as (fake, engine):
         fake.abort_seconds = fake.pause_seconds = 20.0
