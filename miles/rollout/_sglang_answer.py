@@ -95,6 +95,7 @@ def complete(
     routing: RoutingLayout | None,
     routing_start: int,
     sampling_mask: bool,
+    max_new_tokens: int,
     who: str,
     url: str,
 ) -> None:
@@ -106,12 +107,13 @@ def complete(
         sent_version: version that the server had when it was sent.
         routing: how to read expert ids; None: they were not asked for.
         routing_start: the first row that was asked for.
-        sampling_mask: whether log-probs are those after truncation.
+        sampling_mask: whether log-probs are those after truncation, and masks were asked for.
+        max_new_tokens: how many tokens were asked for at most.
         who: the request, for errors.
         url: the server, for errors.
 
     Raises:
-        EngineError: tokens, log-probs or versions that do not fit each other.
+        EngineError: tokens, log-probs, masks or versions that do not fit each other.
         NonFiniteError: a log-prob that is not a number.
         RoutingError: expert ids that are missing or do not fit.
     """
@@ -121,6 +123,12 @@ def complete(
         raise EngineError(
             f"{url} ended {who} with finish_reason {meta.finish_reason!r}; expected a type among "
             f"{', '.join(STATUS)}"
+        )
+    # One that is aborted as a draft model's tokens are accepted may have more.
+    if len(tokens) > max_new_tokens and reason != "abort":
+        raise EngineError(
+            f"{url} sent {len(tokens)} tokens for {who}; expected {max_new_tokens} at most, which "
+            "were asked for; look at what is between this process and the server"
         )
     logprobs = _logprobs(meta, tokens, sampling_mask=sampling_mask, who=who, url=url)
     spans = _spans(meta, len(tokens), sent_version=sent_version, who=who, url=url)
@@ -156,6 +164,8 @@ def _logprobs(
     values: Sequence[float | None] = [triple[0] for triple in triples]
     if sampling_mask:
         truncated = meta.output_token_sampling_logprobs
+        if truncated is None and not tokens:  # of one that was aborted while it waited
+            truncated = []
         if truncated is None or len(truncated) != len(tokens):
             got = "none" if truncated is None else len(truncated)
             raise EngineError(
@@ -164,6 +174,7 @@ def _logprobs(
                 "them, sample from the whole distribution"
             )
         values = truncated
+        _check_masks(meta.output_token_sampling_mask or [], tokens, who=who, url=url)
     bad = [index for index, value in enumerate(values) if value is None]
     if bad:
         raise NonFiniteError(
@@ -171,6 +182,21 @@ def _logprobs(
             f"version {meta.weight_version}"
         )
     return [value for value in values if value is not None]
+
+
+def _check_masks(masks: list[list[int] | None], tokens: list[int], *, who: str, url: str) -> None:
+    if len(masks) != len(tokens):
+        raise EngineError(
+            f"{url} sent {len(masks)} sampling masks for the {len(tokens)} tokens of {who}; "
+            "expected one each, since return_sampling_mask was asked for. Without them, sample "
+            "from the whole distribution"
+        )
+    for at, (mask, token) in enumerate(zip(masks, tokens, strict=True)):
+        if mask is None or token not in mask:
+            raise EngineError(
+                f"{url} sent token {token} at place {at} of {who} and the sampling mask "
+                f"{mask!r:.200}; expected one that holds the token"
+            )
 
 
 def _spans(

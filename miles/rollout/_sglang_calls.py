@@ -184,7 +184,7 @@ class Calls:
         rid = f"{uuid.uuid4().hex}-{call.request_id}"
         version = server.weight_version
         start = self._routing_start(sample)
-        body = {
+        body: dict[str, Any] = {
             "rid": rid,
             "input_ids": sample.tokens,
             "sampling_params": self._sampling_params(sample, params, server),
@@ -206,8 +206,9 @@ class Calls:
             await self._servers.suspect(server, Refused(f"{server.url} went back to {said}"))
         complete(
             sample, answer, sent_version=version, routing=self._how.routing, routing_start=start,
-            sampling_mask=self._how.sampling_mask, who=f"request {call.request_id!r}",
-            url=server.url,
+            sampling_mask=self._how.sampling_mask,
+            max_new_tokens=body["sampling_params"]["max_new_tokens"],
+            who=f"request {call.request_id!r}", url=server.url,
         )  # fmt: skip
         if call.retries:
             sample.metadata["retries"] = call.retries

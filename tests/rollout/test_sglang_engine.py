@@ -322,6 +322,68 @@ def test_truncated_logprobs_are_used_when_the_server_returns_them():
             asyncio.run(engine.generate(PROMPT, params(4)))
 
 
+@pytest.mark.parametrize(
+    ("masks", "says"),
+    [
+        (None, "sent 0 sampling masks for the 4 tokens"),
+        ([[0]], "sent 1 sampling masks for the 4 tokens"),
+        ([None] * 4, "the sampling mask None; expected one that holds the token"),
+        ([[31]] * 4, r"at place 0 .* the sampling mask \[31\]; expected one that holds"),
+    ],
+)
+def test_sampling_masks_that_do_not_fit_are_refused(masks, says):
+    setting = {"sampling": {"top_p": 0.9}, "return_sampling_mask": True}
+    with serving(engine=setting) as (fake, engine):
+
+        def other(answer):
+            answer["meta_info"]["output_token_sampling_mask"] = masks
+            return answer
+
+        fake.meddle = other
+        with pytest.raises(EngineError, match=says):
+            asyncio.run(engine.generate(PROMPT, params(4)))
+
+
+def test_one_that_is_aborted_while_it_waits_has_no_masks():
+    setting = {"sampling": {"top_p": 0.9}, "return_sampling_mask": True}
+    with serving(engine=setting, step_seconds=0.02, max_running=1) as (fake, engine):
+
+        def as_sglang(answer):
+            meta = answer["meta_info"]
+            if not answer["output_ids"]:
+                del meta["output_token_sampling_mask"], meta["output_token_sampling_logprobs"]
+            return answer
+
+        fake.meddle = as_sglang
+        first = engine.submit(PROMPT, params(1000), request_id="first")
+        until(lambda: fake._running)
+        waits = engine.submit(PROMPT, params(4), request_id="waits")
+        until(lambda: fake._waiting)
+        asyncio.run(engine.abort(["waits", "first"]))
+        assert waits.result(5).status is Status.ABORTED and waits.result(5).tokens == PROMPT
+        assert first.result(5).num_generated_tokens == len(
+            first.result(5).metadata["sampling_mask"]
+        )
+
+
+@pytest.mark.parametrize("reason", ["length", "stop", "abort"])
+def test_more_tokens_than_were_asked_for_are_refused(reason):
+    with serving() as (fake, engine):
+
+        def more(answer):
+            answer["output_ids"] += [9]
+            answer["meta_info"]["output_token_logprobs"] += [[-1.0, 9, None]]
+            answer["meta_info"]["finish_reason"] = {"type": reason}
+            return answer
+
+        fake.meddle = more
+        if reason == "abort":  # in a step in which a draft's tokens were accepted
+            assert asyncio.run(engine.generate(PROMPT, params(4))).num_generated_tokens == 5
+            return
+        with pytest.raises(EngineError, match=r"sent 5 tokens for .*; expected 4 at most"):
+            asyncio.run(engine.generate(PROMPT, params(4)))
+
+
 def test_a_seed_is_sent_where_it_means_something_and_warned_of_once_where_not():
     with serving() as (fake, engine):
         sample = asyncio.run(engine.generate(PROMPT, params(4, seed=9)))
