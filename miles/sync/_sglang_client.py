@@ -78,6 +78,7 @@ class Client:
         self._given: int | None = None  # likewise, but for marks
         self._mark = -2 - secrets.randbelow(1 << 30)  # this trainer's own
         self._marked = False  # or may be
+        self._lapsed = False  # marked, and it says a version, as after it was started again
         self._errors = httpx.HTTPError, httpx.InvalidURL
         self._no_address = httpx.InvalidURL, httpx.UnsupportedProtocol
         self._late = httpx.TimeoutException
@@ -122,7 +123,7 @@ class Client:
         if known is not None and said != known:
             self._learn(self._get("/server_info"))
         if said in (None, "default"):
-            self.mixed = False
+            self.mixed = self._lapsed = False
             return 0
         try:
             version = int(said)
@@ -138,6 +139,7 @@ class Client:
                 "it was started again with a later --weight-version; make a new syncer to go on"
             )
         self.mixed = self._marked or version < 0
+        self._lapsed = self._marked and version >= 0
         return MIXED if self.mixed else version
 
     def meet(self, version: int) -> None:
@@ -166,6 +168,11 @@ class Client:
         self.post("/update_weight_version", {"new_version": told, "abort_all_requests": False})
         self._told = told
         self.mixed = self._marked = version == MIXED
+
+    def mark_again(self) -> None:
+        """Have one that may hold a part say so, where it was heard to say something else."""
+        if self._lapsed:
+            self.say(MIXED)
 
     def post(self, path: str, body: dict[str, Any] | None = None, **query: Any) -> Any:
         """Call a control endpoint; its answer, where it says that it succeeded.

@@ -318,6 +318,9 @@ class SGLangSyncer:
                         self._on_all(lambda c: c.say(MIXED), to)
                 if self._broadcasts is not None:
                     self._broadcasts.leave(by_force=True)
+            else:  # what waits at one that stays paused is to know why
+                with contextlib.suppress(SyncError):
+                    self._on_all(Client.mark_again, to)
             if stopped:
                 with contextlib.suppress(SyncError):
                     self._resume([client for client in to if not client.mixed])

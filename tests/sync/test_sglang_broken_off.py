@@ -53,6 +53,28 @@ def test_a_server_that_cannot_be_emptied_releases_no_other_that_is_half_written(
         assert not whole.held and whole.weight_version == "0"
 
 
+def test_one_that_was_started_again_since_tells_engines_to_wait(syncer_for):
+    with Server("0.5.17") as server:
+        syncer = syncer_for(server)
+        half_written(syncer, server)
+        server.stop()
+        server.weight_version, server.loaded = "0", {}
+        server.start()
+        server.never_idle = True
+        with pytest.raises(SyncError, match=r"hold a part .* a weight version below 0.* push"):
+            syncer.push(weights(2).items(), version=2)
+        assert server.held and int(server.weight_version) < 0
+        server.never_idle = False
+        with contextlib.closing(SGLangEngine(server.url, **QUICK)) as engine:
+            assert not engine.servers[0].alive and "or one failed" in engine.servers[0].reason
+            future = engine.submit(PROMPT, params(3))
+            time.sleep(0.2)
+            assert "/generate" not in server.calls and not future.done()
+            syncer.push(weights(2).items(), version=2)
+            assert future.result(20).weight_versions == [2]
+        assert same(server.loaded, weights(2)) and not server.held
+
+
 @contextlib.contextmanager
 def held_in_place(version):
     """A server, an engine's request that is paused in place in there, and the engine."""
