@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from miles.errors import EngineError, SettingError
-from miles.rollout._requests import new_sample, seed_of
+from miles.rollout._requests import check_ids, new_sample, seed_of
 from miles.rollout._sglang_answer import RoutingLayout, SpeculativeStats
 from miles.rollout._sglang_api import check_sampling, check_tokens
 from miles.rollout._sglang_calls import Calls, How
@@ -222,6 +222,7 @@ class SGLangEngine:
         (every 50). Under a pause "in_place" nothing would ever end, so running requests are
         retracted first.
         """
+        check_ids(request_ids)
         await asyncio.wrap_future(self._start(self._calls.abort(request_ids)))
 
     async def pause(self) -> None:

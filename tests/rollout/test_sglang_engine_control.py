@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from miles.errors import EngineError
+from miles.errors import EngineError, SettingError
 from miles.rollout import (
     SGLangEngine,
     Status,
@@ -67,6 +67,12 @@ def test_aborts_at_any_moment_lose_nothing(version):
             assert sample.tokens == whole[: len(sample.tokens)]
             assert (sample.status is Status.TRUNCATED) == (sample.tokens == whole)
         assert engine.num_in_flight == 0
+
+
+def test_a_text_is_no_list_of_ids():
+    refused = pytest.raises(SettingError, match=r"expected a list: \['7/'\]")
+    with serving() as (_, engine), refused:
+        asyncio.run(engine.abort("7/"))
 
 
 def test_a_cancelled_call_is_aborted_at_the_server():
