@@ -73,7 +73,7 @@ def supports_slots(model: nn.Module) -> str | None:
     """None if `SlotMemory` can run the model, else the reason why not."""
     decoder: Any = model.get_decoder()  # type: ignore[operator]  # of transformers
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return "it takes no position_ids, but counts positions by its cache"
+        return "it takes no position_ids"
     config: Any = model.config
     text_config = config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=text_config).layers}
@@ -94,7 +94,10 @@ def mixes_rows(model: nn.Module, max_context: int) -> str | None:
         if kind.get("rope_type") == "longrope":
             short = kind["original_max_position_embeddings"]
             if max_context > short:
-                return f'its "longrope" turns all rows as one that is longer than {short} needs'
+                return (
+                    f'its "longrope" turns all rows as one that is longer than {short} needs '
+                    f"(max_context={short} does without)"
+                )
     return None
 
 

@@ -69,9 +69,9 @@ def memory_of(
         return _kv.SlotMemory(model, recorder, **settings)
     if draft is not None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be decoded with a draft, because {reason}, and what a "
-            "rejected token left there cannot be taken back; expected full attention; leave out "
-            "draft="
+            f"{type(model).__name__} cannot be decoded with a draft, because {reason} and so runs "
+            "one request at a time, where what a rejected token left cannot be taken back; leave "
+            "out draft="
         )
     warnings.warn(
         f"{type(model).__name__} runs one request at a time, not as a batch, because {reason}; "

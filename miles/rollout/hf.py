@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from miles.errors import EngineError, SettingError
+from miles.errors import EngineError, SettingError, ShapeError
 from miles.moe.tape import RoutingTape
 from miles.rollout._draft_weights import DraftWeights
 from miles.rollout._model import eos_of, memory_of, recorder_of
@@ -200,7 +200,8 @@ class HFEngine:
     ) -> Future[Sample]:
         """`generate` for code without an event loop: a `concurrent.futures.Future`."""
         sample = prompt.copy() if isinstance(prompt, Sample) else new_sample(prompt)
-        check_eval(self.model)
+        if not self._paused:  # a request may wait for the end of a training step
+            check_eval(self.model)
         check_request(sample, params, self._recorder, self._vocab_size, self._max_context)
         request = Request(
             request_id=f"request-{next(self._ids)}" if request_id is None else request_id,
@@ -313,6 +314,9 @@ class HFEngine:
         """
         with self._between_steps(), torch.no_grad():
             pairs = [(live, tensors[name]) for name, live in self.weight_tensors().items()]
+            shapes = [(list(t.shape), list(p.shape)) for p, t in pairs if p.shape != t.shape]
+            if shapes:
+                raise ShapeError(f"(given, expected) shapes of weights that differ: {shapes[:4]}")
             moved = alias or bool(self._mixture)
             self._mixture = (
                 f"the commit of version {version} was broken off, and the engine holds a mixture; "
@@ -373,7 +377,8 @@ class HFEngine:
             except Exception:  # whatever it was, it is told to all whose requests it ends
                 failure = f"the model failed:\n{traceback.format_exc()}"
             with self._changed:
-                held = [*self._active.values(), *(self._queue if self._mixture else ())]
+                useless = self._mixture or self.model.training
+                held = [*self._active.values(), *(self._queue if useless else ())]
                 ended = [r for r in held if r.ended or failure]
                 for request in ended:
                     if not request.ended:

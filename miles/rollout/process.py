@@ -243,8 +243,7 @@ def _serve(pipe: Connection, factory: Callable[..., HFEngine], args: tuple[Any, 
         except EOFError:
             return
         if request.op == "close":
-            engine.close()
-            return
+            return  # and the engine is closed as Python ends
         try:
             _handle(engine, request, answer)
         except Exception as error:

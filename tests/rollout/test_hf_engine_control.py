@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from miles.errors import EngineError, NonFiniteError, RoutingError, SettingError
+from miles.errors import EngineError, NonFiniteError, RoutingError, SettingError, ShapeError
 from miles.moe import RoutingTape
 from miles.rollout import HFEngine, Sample, Span, Status, _kv
 from tests.models import Passes, generate_all, params, serving, tiny
@@ -184,8 +184,8 @@ def broken_off(engine: HFEngine, others: dict[str, torch.Tensor], *, by_hand: bo
         del engine.model.weights_changed
     else:
         *_, last = others
-        with pytest.raises(RuntimeError, match="size"):
-            engine.commit_weights(others | {last: torch.ones(2, 3)}, version=1)
+        with pytest.raises(NotImplementedError, match="meta"):
+            engine.commit_weights(others | {last: others[last].to("meta")}, version=1)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -394,20 +394,24 @@ def test_a_prefill_leaves_the_passes_of_other_threads_alone():
 
 
 def test_a_model_in_training_mode_samples_nothing():
-    with serving("llama") as engine:
+    with serving("llama", max_batch=1) as engine:
         engine.model.train()
         with pytest.raises(SettingError, match=r"call model\.eval\(\)"):
             engine.submit(PROMPT, LONG)
         engine.model.eval()
         passes = Passes(engine.model)
-        future = engine.submit(PROMPT, LONG)
+        future, waiting = engine.submit(PROMPT, LONG), engine.submit(PROMPT, LONG)
         passes.wait()
         engine.model.train()
         passes.go_on()
-        with pytest.raises(EngineError, match="training mode"):
-            future.result(timeout=60)
+        for one in (future, waiting):
+            with pytest.raises(EngineError, match="training mode"):
+                one.result(timeout=60)
+        asyncio.run(engine.pause())
+        future = engine.submit(PROMPT, LONG)  # waits
         engine.model.eval()
-        assert len(answer(engine, PROMPT).tokens) == 53
+        asyncio.run(engine.resume())
+        assert len(future.result(timeout=60).tokens) == 53
 
 
 def test_python_ends_while_an_engine_generates():
@@ -424,6 +428,40 @@ def test_python_ends_while_an_engine_generates():
         [sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 3 and "terminate" not in done.stderr, done.stderr
+
+
+def test_a_fork_of_a_busy_process_ends():
+    lines = """
+    import os, sys, time
+    from miles.rollout import HFEngine
+    from tests.models import params, tiny
+    engine = HFEngine(tiny("llama", max_position_embeddings=4096))
+    futures = [engine.submit([5, 6, 7], params(4000)) for _ in range(4)]
+    time.sleep(0.3)
+    child = os.fork()
+    if not child:
+        sys.exit(3)
+    ended, end = 0, time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.05)
+    if not ended:
+        os.kill(child, 9)
+    engine.close()
+    sys.exit(0 if ended else 4)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], timeout=100)
+    assert done.returncode == 0
+
+
+def test_weights_of_another_shape_change_nothing():
+    with serving("llama") as engine:
+        before = answer(engine, PROMPT).tokens
+        wrong = {n: torch.zeros_like(t) for n, t in engine.weight_tensors().items()}
+        wrong["lm_head.weight"] = wrong["lm_head.weight"][:, 1:]
+        with pytest.raises(ShapeError, match="shapes of weights that differ"):
+            engine.commit_weights(wrong, version=1)
+        assert answer(engine, PROMPT).tokens == before
 
 
 def test_a_text_is_no_list_of_ids():
