@@ -21,6 +21,7 @@ __all__ = [
     "check_ranks",
     "check_settings",
     "check_state",
+    "least_of",
     "load_optimizer",
     "optimizer_of",
     "own_parameters",
@@ -115,9 +116,17 @@ def check_ranks(
     if others:
         raise SettingError(
             f"the drafts of ranks {others[:8]} of the group are not that of rank 0; expected the "
-            "same on all: make them under one seed, or load one's weights into all, before the "
-            "trainers are made"
+            "same on all: make them under one seed, or load one's weights or state into all, "
+            "before the first step()"
         )
+
+
+def least_of(counts: Sequence[int], device: torch.device, group: ProcessGroup) -> list[int]:
+    """Each count as it is on the rank where it is least; on all ranks the same."""
+    least = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    numbers: list[int] = least.tolist()
+    return numbers
 
 
 def optimizer_of(

@@ -27,6 +27,7 @@ from miles.rollout.speculative._training_checks import (
     check_ranks,
     check_settings,
     check_state,
+    least_of,
     load_optimizer,
     optimizer_of,
     own_parameters,
@@ -131,13 +132,13 @@ class DraftTrainer:
             autocast that is on around `observe`.
         controller: what `due` asks.
         group: data-parallel ranks, each with whole sequences: gradients and readings are summed
-            over them, and their drafts, which have to be equal to begin with, stay equal. All make
-            their trainers together, and call `step` together.
+            over them, and their drafts, which have to be equal at the first `step` and at the first
+            after `load_state_dict`, stay equal. All call `step` together.
 
     Raises:
         SettingError: settings out of range, a draft that owns parameters of the policy or has none,
             reads layers that it lacks or cannot take so many steps, or an optimizer of other
-            parameters, or float16 parameters, or ranks with different drafts (on all of them).
+            parameters, or float16 parameters.
         ShapeError: a draft of another vocabulary or hidden size.
 
     Example:
@@ -204,9 +205,8 @@ class DraftTrainer:
         self._captured: Captured | None = None
         self._given = Given()
         self._devices: list[torch.device] | None = None
+        self._ranks_checked = False
         self._forget()
-        if group is not None:
-            check_ranks(draft, policy, self._params[0].device, group)
 
     def _forget(self) -> None:
         self._metrics: list[Metrics] = []
@@ -348,15 +348,18 @@ class DraftTrainer:
             `draft/lr`; 0-d tensors.
 
         Raises:
+            SettingError: ranks with different drafts (on all of them); nothing has changed.
             EmptyBatchError: nothing observed, or no place to learn from on any rank.
             NonFiniteError: NaN or infinity in features, loss or gradient, which the text names. The
                 draft stays as it was and what was observed is dropped.
         """
         self._check_here()
-        seen: Tensor | int = len(self._metrics)
+        seen, device = len(self._metrics), self._params[0].device
         if self._group is not None:  # one that has nothing would leave the others waiting
-            seen = torch.tensor(seen, device=self._params[0].device)
-            dist.all_reduce(seen, op=dist.ReduceOp.MIN, group=self._group)
+            seen, checked = least_of([seen, self._ranks_checked], device, self._group)
+            if not checked:  # all look, also where one rank alone loaded a state
+                check_ranks(self.draft, self.policy, device, self._group)
+            self._ranks_checked = True
         if not seen:
             where = "here" if not self._metrics else "on another rank"
             raise EmptyBatchError(
@@ -467,7 +470,7 @@ class DraftTrainer:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state["draft"][name])
-        self.version = int(state["version"])
+        self.version, self._ranks_checked = int(state["version"]), False
 
     def _summed(self, tensor: Tensor) -> Tensor:
         if self._group is not None:

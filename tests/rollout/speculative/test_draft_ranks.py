@@ -90,6 +90,23 @@ def test_a_rank_that_observed_nothing_is_told_of_on_all(tmp_path):
     assert "nothing was observed here" in got[1]
 
 
+def observe_all(trainer):
+    for seen in passes():
+        trainer.observe(torch.ones_like(seen.input_ids_BL).bool(), captured=seen)
+
+
+def refused(trainer):
+    """What `step()` says of the ranks' drafts, and that it leaves all as it was."""
+    tensors = [*trainer.draft.state_dict().values(), *(p.grad for p in trainer.draft.parameters())]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        trainer.step()
+    except SettingError as error:
+        torch.testing.assert_close(tensors, before, rtol=0, atol=0)
+        assert trainer.pending == 2 and trainer.version == 0
+        return str(error)
+
+
 def drafts_of_their_own():
     found = []
     for part in ("table.weight", "scratch", "target_ids", None):
@@ -98,16 +115,45 @@ def drafts_of_their_own():
         draft.target_ids = torch.arange(V)
         if torch.distributed.get_rank() == 1 and part is not None:
             tensors = draft.state_dict() | {"target_ids": draft.target_ids}
-            tensors[part][-1] = 7
-        try:
-            DraftTrainer(draft, None, group=torch.distributed.group.WORLD)
-        except SettingError as error:
-            found.append(str(error))
+            tensors[part][-1] = 4  # of 0 to 5, where it is an id
+        trainer = DraftTrainer(draft, None, share=1.0, group=torch.distributed.group.WORLD)
+        observe_all(trainer)
+        found.append(refused(trainer))
     return found
 
 
 def test_ranks_with_different_drafts_are_refused_on_all(tmp_path):
     for found in run(drafts_of_their_own, 2, tmp_path):
-        assert len(found) == 3  # of four, the last of which are equal
+        assert found.pop() is None  # these are equal
         for text in found:
+            assert "the drafts of ranks [1] of the group are not that of rank 0" in text
+
+
+def loads():
+    """Fresh drafts of their own, one state into all, and then into one rank alone."""
+    rank, found = torch.distributed.get_rank(), []
+    state = DraftTrainer(Draft(), None).state_dict()
+    draft = Draft()
+    torch.nn.init.constant_(draft.table.weight, rank)
+    trainer = DraftTrainer(draft, None, share=1.0, group=torch.distributed.group.WORLD)
+    observe_all(trainer)
+    found.append(refused(trainer))
+    trainer.load_state_dict(state)
+    observe_all(trainer)
+    found.append(refused(trainer))
+    assert trainer.version == 1
+    if rank == 1:
+        trainer.load_state_dict(state)
+    observe_all(trainer)
+    try:
+        trainer.step()
+    except SettingError as error:
+        found.append(str(error))
+    return found
+
+
+def test_what_counts_is_the_draft_at_the_first_step_and_after_each_load(tmp_path):
+    for found in run(loads, 2, tmp_path):
+        assert found[1] is None  # fresh drafts, made equal by one state
+        for text in (found[0], found[2]):
             assert "the drafts of ranks [1] of the group are not that of rank 0" in text
