@@ -178,6 +178,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, kind: str) -> N
     try:
         _check_optimizer_state(optimizer, state, kind)
         optimizer.load_state_dict(state)
+        for theirs, ours in zip(optimizer.param_groups, before["param_groups"], strict=True):
+            # Torch has filled in what an older one did not write. Loading adds to the defaults
+            # what not every group has, and a schedule of the learning rate to the groups.
+            if lacking := (optimizer.defaults.keys() & ours.keys()) - theirs.keys():
+                raise ValueError(f"a group lacks {sorted(lacking)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         optimizer.load_state_dict(before)
         raise CheckpointError(
@@ -192,9 +197,6 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, kind: s
     if kind != own.__name__:
         raise ValueError(f"it is {kind}, the trainer's is {own.__name__}")
     for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        # More of them may come from a schedule of the learning rate.
-        if lacking := optimizer.defaults.keys() - theirs.keys():
-            raise ValueError(f"a group lacks {sorted(lacking)}")
         if not own.__module__.startswith("torch.optim"):  # may keep tensors of any shape
             continue
         for number, parameter in zip(theirs["params"], ours["params"], strict=False):

@@ -181,11 +181,32 @@ def test_a_state_of_the_same_optimizer_is_loaded_whatever_that_keeps(name):
         trainer = trainer_of(draft, policy, optimizer=optimizer)
         if found:
             trainer.load_state_dict(found[0])
+            trainer.load_state_dict(found[0])  # torch's defaults are others now
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)  # adds to the groups
         observe_once(trainer, token_batch())
         trainer.step()
         found.append(trainer.state_dict())
     assert found[1]["version"] == 2
+
+
+def test_a_state_of_an_older_torch_gets_the_settings_that_torch_gives_it():
+    """And is refused, with nothing changed, where one is missing that torch does not know."""
+    policy = policy_of()
+    trainer = trainer_of(TinyDraft(policy), policy)
+    observe_once(trainer, token_batch())
+    trainer.step()
+    before, state = copy.deepcopy(trainer.optimizer.state_dict()), trainer.state_dict()
+    for name in ("decoupled_weight_decay", "maximize", "foreach"):  # came one by one to AdamW
+        state["optimizer"]["param_groups"][0].pop(name, None)
+    broken = copy.deepcopy(state)
+    del broken["optimizer"]["param_groups"][0]["betas"]
+    with pytest.raises(CheckpointError, match=r"a group lacks \['betas'\]"):
+        trainer.load_state_dict(broken)
+    torch.testing.assert_close(trainer.optimizer.state_dict(), before, rtol=0, atol=0)
+    trainer.load_state_dict(state)
+    observe_once(trainer, token_batch())
+    trainer.step()
+    assert trainer.version == 2
 
 
 def test_the_learning_rate_is_the_trainers_and_not_that_of_the_state():
