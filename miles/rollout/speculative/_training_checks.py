@@ -147,9 +147,13 @@ def optimizer_of(
 
 
 def check_state(
-    state: Mapping[str, Any], named: Mapping[str, Tensor], target_ids: Tensor | None
+    state: Mapping[str, Any],
+    named: Mapping[str, Tensor],
+    target_ids: Tensor | None,
+    policy: nn.Module | None,
 ) -> None:
-    """Raise `CheckpointError` unless the state is of these tensors and this vocabulary."""
+    """Raise `CheckpointError` unless the state is of these tensors and this vocabulary, and, where
+    no policy says which are its own, of the same frozen parameters."""
     keys = ("draft", "optimizer", "optimizer_class", "version", "target_ids")
     missing = [key for key in keys if key not in state]
     if missing:
@@ -168,6 +172,16 @@ def check_state(
         raise CheckpointError(
             "the state is of a draft with other target_ids: its tokens stand for others of the "
             "policy's; build the draft with target_ids=state['target_ids']"
+        )
+    if policy is not None:
+        return
+    frozen = {n: p for n, p in named.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
+    others = [name for name, p in frozen.items() if not state["draft"][name].to(p).equal(p)]
+    if others:
+        raise CheckpointError(
+            f"the state's {others[:8]} are frozen, have other values than the draft's, and may be "
+            "a policy's that would be overwritten; expected the same values where the trainer has "
+            "no policy: give policy=, or load the draft's weights first"
         )
 
 

@@ -457,11 +457,11 @@ class DraftTrainer:
         """Go on from `state_dict()`; settings of an optimizer of your own are those of the state.
 
         Raises:
-            CheckpointError: of another draft, vocabulary or class of optimizer, or incomplete;
-                nothing has changed.
+            CheckpointError: of another draft, vocabulary or class of optimizer, incomplete, or of
+                other frozen parameters if the trainer has no policy; nothing has changed.
         """
         own = own_tensors(self.draft, self.policy)
-        check_state(state, own, self.draft.target_ids)
+        check_state(state, own, self.draft.target_ids, self.policy)
         load_optimizer(self.optimizer, state["optimizer"], state["optimizer_class"])
         if self._own_optimizer:  # this trainer's rate rules, not that of the run before
             for settings, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):

@@ -78,6 +78,32 @@ def test_a_state_is_of_the_whole_draft_and_of_nothing_that_is_the_policys():
     assert drafts[1].scratch.tolist() == [1, 1]
 
 
+def test_without_a_policy_no_frozen_weight_is_written():
+    """It may be the policy's, which has learnt since."""
+    policy = policy_of()
+    embedding = policy.get_input_embeddings().requires_grad_(False)
+
+    def made(seed, given=None):
+        draft = TinyDraft(policy, seed=seed)
+        draft.embedding = embedding
+        draft.register_buffer("scratch", torch.full((2,), seed))
+        return trainer_of(draft, given)
+
+    state, trainer = made(1).state_dict(), made(2)
+    embedding.weight.data.mul_(2)
+    before = everything(trainer.draft)
+    with pytest.raises(CheckpointError, match=r"\['embedding.weight'\] are frozen.*give policy="):
+        trainer.load_state_dict(state)
+    torch.testing.assert_close(everything(trainer.draft), before, rtol=0, atol=0)
+    learnt = embedding.weight.clone()
+    embedding.weight.data.copy_(state["draft"]["embedding.weight"])  # the policy's, loaded first
+    trainer.load_state_dict(state)
+    torch.testing.assert_close(everything(trainer.draft), state["draft"], rtol=0, atol=0)
+    embedding.weight.data.copy_(learnt)
+    made(3, policy).load_state_dict(made(4, policy).state_dict())
+    assert embedding.weight.equal(learnt)
+
+
 def test_a_vocabulary_is_held_once():
     policy = policy_of()
     draft = Eagle3Draft.from_target(policy, target_ids=torch.arange(0, 40, 2))
