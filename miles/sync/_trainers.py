@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,26 @@ class Trainers:
         self._group = group if group is not None and group.size() > 1 else None
         self.alone = self._group is None
         self.rank = 0 if self._group is None else self._group.rank()
+        self._interrupted = False
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around a push: after Ctrl-C in one it is unknown which collective would be next.
+
+        Raises:
+            SyncError: one was interrupted, on this rank or, as it told this one, on rank 0.
+        """
+        if self._interrupted:
+            raise SyncError(
+                "a push was interrupted, so ranks of the trainers may be out of step; close this "
+                "syncer, make new process groups, and a syncer of them"
+            )
+        try:
+            yield
+        except BaseException as error:
+            if not self.alone and not isinstance(error, Exception):
+                self._interrupted = True
+            raise
 
     def agree(self, act: Callable[[], Any]) -> Any:
         """What `act` returns on rank 0, which JSON can hold, on every rank; all of them call it.
@@ -40,7 +61,10 @@ class Trainers:
             result = {"result": act()}
         except BaseException as error:
             failure = error
-            result = {"error": f"{type(error).__name__}: {error}"}
+            result = {
+                "error": f"{type(error).__name__}: {error}",
+                "interrupted": not isinstance(error, Exception),
+            }
         if self._group is not None:
             try:
                 result = self._share(result, self._group)
@@ -48,6 +72,8 @@ class Trainers:
                 failure = failure or error
                 if failure is error or is_of_the_wire(failure):
                     raise lost(failure) from failure
+            else:
+                self._interrupted |= result.get("interrupted", False)
         if failure is not None:
             if self._group is not None and is_of_the_wire(failure):
                 raise lost(failure) from failure

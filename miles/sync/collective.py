@@ -113,7 +113,8 @@ class CollectiveSyncer:
         start = time.perf_counter()
         version = as_version(version)
         try:
-            outcome = self._push(weights, version)
+            with self._trainers.in_step():
+                outcome = self._push(weights, version)
         except BaseException as error:
             if self._sender is not None and not isinstance(error, Exception):  # Ctrl-C
                 self._sender.interrupted()

@@ -114,6 +114,12 @@ class DiskSyncer:
         """
         start = time.perf_counter()
         version = as_version(version, _EXPECTED)
+        with self._trainers.in_step():
+            outcome = self._push(weights, version)
+        return SyncReport(version=version, seconds=time.perf_counter() - start, **outcome)
+
+    def _push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        """The fields of a report."""
         changed = self._trainers.agree(lambda: self._is_new(version))
         outcome: dict[str, Any] = {"num_tensors": 0, "num_bytes": 0, "copied_bytes": 0}
         if changed:
@@ -129,7 +135,7 @@ class DiskSyncer:
                 return None
 
             outcome = self._trainers.agree(write)
-        return SyncReport(version=version, seconds=time.perf_counter() - start, **outcome)
+        return outcome
 
     def close(self) -> None:
         """Let another trainer write to the folder; versions stay."""

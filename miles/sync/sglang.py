@@ -195,11 +195,12 @@ class SGLangSyncer:
                 self._broken = False
             return [self._clients.index(client) for client in found]
 
-        behind = [self._clients[i] for i in self._trainers.agree(ask)]
         sent = Sent()
-        if behind:
-            self._update(weights, behind, version, sent)
-            self._model.note(sent)
+        with self._trainers.in_step():
+            behind = [self._clients[i] for i in self._trainers.agree(ask)]
+            if behind:
+                self._update(weights, behind, version, sent)
+                self._model.note(sent)
         return SyncReport(
             version=version,
             num_tensors=sent.tensors,
