@@ -8,6 +8,7 @@ version comes every so often and whenever the chain is broken.
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -102,6 +103,7 @@ class DiskSyncer:
         self.delta_report: DeltaReport | None = None
         """Of the last push, if it was a delta."""
         self._lock: IO[str] | None = None
+        self._locked_by = os.getpid()
         self._trainers.agree(self._open)
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReport:
@@ -141,7 +143,8 @@ class DiskSyncer:
         """Let another trainer write to the folder; versions stay."""
         self._last = {}
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may have the file too
+            if self._locked_by == os.getpid():  # a forked child has the file too, and this method
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
             self._lock = None
 

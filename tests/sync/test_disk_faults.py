@@ -146,6 +146,19 @@ def test_a_closed_trainer_lets_go_of_the_folder_that_a_forked_child_holds_too(tm
         os.close(held)
 
 
+def test_a_forked_child_that_closes_its_copy_leaves_the_folder_to_the_trainer(tmp_path):
+    syncer = DiskSyncer(tmp_path)
+    if (child := os.fork()) == 0:
+        try:
+            syncer.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(SyncError, match="another trainer writes to"):
+        DiskSyncer(tmp_path)
+    syncer.close()
+
+
 @pytest.mark.parametrize("setting", ["full_every", "keep", "shard_bytes"])
 def test_numbers_out_of_range(tmp_path, setting):
     with pytest.raises(SettingError, match=f"{setting} is 0; expected 1 or more"):
