@@ -199,7 +199,8 @@ def test_dropped_rows_get_nothing_from_the_experts_but_from_the_shared_one(share
         whole, dropped = outputs
         expected = torch.zeros(16)
     kept = torch.arange(ROWS) != 5
-    assert torch.equal(dropped[kept], whole[kept])
+    # An expert with a row less multiplies another shape, which some CPUs round otherwise.
+    torch.testing.assert_close(dropped[kept], whole[kept], atol=1e-5, rtol=1e-5)
     assert torch.equal(dropped[5], expected) and not torch.equal(whole[5], expected)
 
 
