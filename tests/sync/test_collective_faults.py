@@ -55,7 +55,8 @@ def test_a_sender_that_dies_leaves_every_engine_serving(tmp_path, phase):
     sent, *received = launch(dying, 3, tmp_path, 0, phase)
     assert sent is None
     for text, version, right in received:
-        matches(text, "rank 0 is gone .*version 1 is still served; make a new process group")
+        # A slow one may still be in the broadcast before, which does not say whose end it was.
+        matches(text, "(rank 0|a peer) is gone .*version 1 is still served; make a new process")
         assert (version, right) == (1, True)
 
 
