@@ -71,7 +71,7 @@ class KVMemory(Protocol):
 
 def supports_slots(model: nn.Module) -> str | None:
     """None if `SlotMemory` can run the model, else the reason why not."""
-    decoder: Any = model.get_decoder()  # type: ignore[operator]  # of transformers
+    decoder: Any = model.get_decoder()  # type: ignore[operator]  # a method of transformers' models
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return "it takes no position_ids"
     config: Any = model.config

@@ -325,7 +325,7 @@ class SGLangServer:
             text = line.decode(errors="replace")
             try:
                 on_line(text)
-            except Exception as error:
+            except Exception as error:  # the user's own; the next lines must still be read
                 if not failed:
                     failed = True
                     warnings.warn(

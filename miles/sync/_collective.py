@@ -82,7 +82,7 @@ class Sender:
             votes = {rank: self._link.receive(rank) for rank in self._peers}
         except PeerLostError as error:
             raise self._give_up(error, version) from error
-        except Exception as error:
+        except Exception as error:  # whatever it is, receivers wait and are told
             self._abort(f"{type(error).__name__}: {error}")
             raise
         refused = {rank: vote["error"] for rank, vote in votes.items() if "error" in vote}
