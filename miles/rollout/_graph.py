@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: one launch instead of hundreds."""
+"""Passes of a model as CUDA graphs: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGraphs", "Outputs"]
+__all__ = [
+    "GRAPH_TOKENS", "Outputs", "StepGraphs", "coarse", "each", "graphs_run_on", "power_of_two",
+]  # fmt: skip
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
 Shape = tuple[int, int, int]
 
 MAX_GRAPHS = 256
+GRAPH_TOKENS = 1024
+"""Up to so many, padding included, a pass over prompts is worth a graph."""
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Runs `step(*shape)`, and from a shape's second time on replays what it launched.
 
     The step must read and write the same memory every time; `forget` when that has moved. What a
-    replay returns is overwritten by the next one.
+    call returns is overwritten by the next one, whatever its shape: all share a pool of memory.
     """
 
     def __init__(self, step: Callable[[int, int, int], Outputs]) -> None:
@@ -53,16 +57,58 @@ class DecodeGraphs:
             except Exception as error:  # whatever a capture forbids; the step shows its own errors
                 self._usable = False
                 warnings.warn(
-                    "this model's decoding step cannot be captured as a CUDA graph, so every step "
-                    f"launches its kernels one by one, which is slower: {error}",
+                    "a pass of this model cannot be captured as a CUDA graph, so its kernels are "
+                    f"launched one by one, which is slower: {error}",
                     stacklevel=2,
                 )
                 torch.cuda.synchronize()
                 return self._step(*shape)
-            self._graphs[shape] = graph, outputs
+            self._graphs[shape] = graph, each(_lent, outputs)
         graph, outputs = self._graphs[shape]
         graph.replay()
         return outputs
+
+
+def graphs_run_on(device: torch.device) -> bool:
+    """Whether CUDA graphs do."""
+    return device.type == "cuda"
+
+
+def power_of_two(value: int) -> int:
+    """The least one that is no less."""
+    return 1 << (value - 1).bit_length()
+
+
+def coarse(length: int) -> int:
+    """One of few lengths that is no less: of multiples of 16, four from a power to the next."""
+    tile = max(16, power_of_two(length) // 8)
+    return -(-length // tile) * tile
+
+
+def each(do: Callable[[Tensor], Tensor], outputs: Outputs) -> Outputs:
+    """`do` to every tensor."""
+    first, second, third = outputs
+    return do(first), None if second is None else do(second), None if third is None else do(third)
+
+
+class _Borrowed:
+    """Memory as torch takes it, without owning it."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,), "typestr": "|u1", "data": (pointer, False), "version": 2,
+        }  # fmt: skip
+
+
+def _lent(tensor: Tensor) -> Tensor:
+    """The same place in a graph's pool, which the pool may also use for its other graphs.
+
+    A pool stays as long as one of its graphs, whoever holds its tensors.
+    """
+    memory = tensor.untyped_storage()
+    lent = torch.as_tensor(_Borrowed(memory.data_ptr(), memory.nbytes()), device=tensor.device)
+    place = tensor.shape, tensor.stride(), tensor.storage_offset()
+    return lent.view(tensor.dtype).as_strided(*place)
 
 
 @contextlib.contextmanager

@@ -12,22 +12,31 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from miles.moe._ids import storage
 from miles.moe.replay import RoutingReplay
 from miles.moe.tape import RoutingTape
 from miles.rollout._features import FeatureTap
-from miles.rollout._graph import DecodeGraphs, Outputs
+from miles.rollout._graph import (
+    GRAPH_TOKENS,
+    Outputs,
+    StepGraphs,
+    coarse,
+    each,
+    graphs_run_on,
+    power_of_two,
+)
+from miles.rollout._slot_layer import KEY_TILE, SlotLayer, round_up
 
 __all__ = ["KVMemory", "RequestMemory", "SlotMemory", "mixes_rows", "supports_slots"]
 
 LENGTH_TILE = 16
-KEY_TILE = 64
 GRAPH_KEY_TILE = 256
 
 
@@ -131,16 +140,21 @@ class SlotMemory:
         config: Any = model.config
         self._eager = config.get_text_config(decoder=True)._attn_implementation == "eager"
         num_layers = len(DynamicCache(config=config.get_text_config(decoder=True)).layers)
-        num_rows = _round_up(num_slots, row_tile)
+        num_rows = round_up(num_slots, row_tile)
         self._room = max_context + max_proposed
-        self._layers = [_SlotLayer(num_rows, self._room) for _ in range(num_layers)]
+        self._layers = [SlotLayer(num_rows, self._room) for _ in range(num_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._recorder, self._max_context = recorder, max_context
         self.device = device = _device(model)
         self._every_row = torch.arange(num_rows, device=device)
         self._inputs = torch.zeros((3, num_rows), dtype=torch.int64, device=device)
         self._proposed = torch.zeros((num_rows, max_proposed), dtype=torch.int64, device=device)
-        self._graphs = DecodeGraphs(self._step) if device.type == "cuda" and cuda_graphs else None
+        self._graphs = self._prefills = None
+        if cuda_graphs and graphs_run_on(device):
+            size = 2 * (GRAPH_TOKENS + power_of_two(num_slots))
+            self._prompts = torch.zeros(size, dtype=torch.int64, device=device)
+            self._graphs = StepGraphs(self._step)
+            self._prefills = StepGraphs(partial(self._prefill_step, self._prompts, True))
         self._graphed_keys = 0
         # A wider tile means fewer graphs; what it adds to attention is nothing beside a launch.
         self._key_tile = KEY_TILE if self._graphs is None else GRAPH_KEY_TILE
@@ -148,38 +162,59 @@ class SlotMemory:
     def prefill(
         self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]
     ) -> tuple[Tensor, list[RoutingTape] | None]:
-        device = _device(self._model)
-        longest = max(len(prompt) for prompt in prompts)
-        width = min(_round_up(longest, LENGTH_TILE), self._max_context)
-        ids_UL = torch.zeros((len(prompts), width), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids_UL[row, : len(prompt)] = torch.tensor(prompt)
-        lengths = [len(prompt) for prompt in prompts]
         owners = [(row, slot) for row, group in enumerate(slots) for slot in group]
-        rows, targets = (
-            torch.tensor(column, device=device) for column in zip(*owners, strict=True)
-        )
+        count, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        shape = count, len(owners), min(round_up(longest, LENGTH_TILE), self._max_context)
+        graphs = self._prefills
+        if graphs is not None:  # shapes are coarse, so that few graphs do
+            rows, width = power_of_two(count), min(coarse(longest), self._max_context)
+            if rows * width <= GRAPH_TOKENS:
+                shape = rows, power_of_two(len(owners)), width
+            else:
+                graphs = None
+        self._reserve(shape[2])
+        numbers = _numbers(prompts, owners, *shape)
+        if graphs is None:
+            outputs = self._prefill_step(numbers.to(self.device), False, *shape)
+        else:
+            self._prompts[: len(numbers)].copy_(numbers)
+            # The next pass may write where these are.
+            outputs = each(lambda part: part[:count].clone(), graphs(*shape))
+        logits_UV, ids, self.features = outputs
+        if ids is None:
+            return logits_UV, None
+        tape = _tape(self._recorder, [ids.flatten(0, 1)])
+        assert tape is not None
+        starts = range(0, count * shape[2], shape[2])
+        return logits_UV, [
+            tape[start : start + len(prompt)] for start, prompt in zip(starts, prompts, strict=True)
+        ]
+
+    def _prefill_step(
+        self, numbers: Tensor, masked: bool, num_prompts: int, num_owners: int, width: int
+    ) -> Outputs:
+        """The device's work of `prefill`, from `_numbers`; the expert ids are `[U, L, M, K]`."""
+        size = num_prompts * (width + 1)
+        ids_UL = numbers[: num_prompts * width].view(num_prompts, width)
+        last_U = numbers[num_prompts * width : size]
+        rows, targets = numbers[size : size + 2 * num_owners].view(2, num_owners)
         for layer in self._layers:
             layer.write_rows(rows, targets)
-        # Causal attention never looks right, so padding there needs no mask.
-        last_U = torch.tensor(lengths, device=device) - 1
+        positions_1L = torch.arange(width, device=numbers.device)[None]
+        # Causal attention never looks right, so padding there needs no mask. Versions of
+        # transformers make one during a capture all the same, and other kernels round otherwise.
+        mask = None
+        if masked:
+            visible = (positions_1L <= positions_1L.T).expand(num_prompts, 1, -1, -1)
+            mask = self._mask(visible)
         with (
             _only_positions(self._model, last_U),
             _recording(self._recorder) as recorded,
             _reading(self._tap) as read,
         ):
-            logits_UV = self._forward(
-                ids_UL.to(device), torch.arange(width, device=device)[None], None
-            )[:, -1]
-        self.features = read[0] if read else None
-        if not recorded:
-            return logits_UV, None
-        tape = _tape(self._recorder, recorded)
-        assert tape is not None
-        starts = range(0, len(prompts) * width, width)
-        return logits_UV, [
-            tape[start : start + n] for start, n in zip(starts, lengths, strict=True)
-        ]
+            logits_UV = self._forward(ids_UL, positions_1L, mask)[:, -1]
+        ids = recorded[0].unflatten(0, ids_UL.shape) if recorded else None
+        return logits_UV, ids, read[0] if read else None
 
     def decode(
         self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]
@@ -199,9 +234,9 @@ class SlotMemory:
         Returns logits `[R, W, V]`, and expert ids `[R, W, M, K]`, K experts of a token here.
         """
         width = 1 if proposed_RK is None else 1 + proposed_RK.shape[1]
-        num_rows = _round_up(max(slots) + 1, self._row_tile)
+        num_rows = round_up(max(slots) + 1, self._row_tile)
         most = self._max_context + width - 1  # a plain step reads what it reads without a draft
-        num_keys = min(_round_up(max(positions) + width, self._key_tile), most)
+        num_keys = min(round_up(max(positions) + width, self._key_tile), most)
         inputs = torch.zeros((3, num_rows), dtype=torch.int64)  # one transfer for all three
         index = torch.tensor(slots)
         inputs[0, index] = torch.tensor(tokens)
@@ -211,12 +246,8 @@ class SlotMemory:
         own = self._inputs[2, : len(slots)]
         if proposed_RK is not None:
             self._proposed[own, : width - 1] = proposed_RK
-        for layer in self._layers:
-            layer.reserve(num_keys)
+        self._reserve(num_keys)
         step = self._step if self._graphs is None else self._graphs
-        if self._graphs is not None and self._graphed_keys != (held := self._layers[0].num_keys):
-            self._graphs.forget()
-            self._graphed_keys = held
         logits_RWV, ids, features_RWF = step(num_rows, num_keys, width)
         # Indexing also saves them from the next step, which may write where they are.
         self.features = None if features_RWF is None else features_RWF[own]
@@ -241,7 +272,7 @@ class SlotMemory:
         return logits_RWV, recorded[0] if recorded else None, read[0] if read else None
 
     def worth_moving(self, highest: int, active: int) -> bool:
-        return _round_up(highest + 1, self._row_tile) > _round_up(active, self._row_tile)
+        return round_up(highest + 1, self._row_tile) > round_up(active, self._row_tile)
 
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self._layers:
@@ -251,8 +282,17 @@ class SlotMemory:
         """Nothing to do: what a slot holds beyond its own length is never looked at."""
 
     def weights_moved(self) -> None:
-        if self._graphs is not None:
-            self._graphs.forget()
+        for graphs in (self._graphs, self._prefills):
+            if graphs is not None:
+                graphs.forget()
+
+    def _reserve(self, num_keys: int) -> None:
+        """Make room for so many positions of each slot."""
+        for layer in self._layers:
+            layer.reserve(num_keys)
+        if self._graphed_keys != (held := self._layers[0].num_keys):
+            self.weights_moved()
+            self._graphed_keys = held
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         out = self._model(
@@ -270,93 +310,6 @@ class SlotMemory:
             return visible
         dtype = next(self._model.parameters()).dtype
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The rectangle of one attention layer; told before each forward pass where to write."""
-
-    is_sliding = False
-
-    def __init__(self, num_slots: int, max_context: int) -> None:
-        super().__init__()
-        self.num_slots, self.max_context = num_slots, max_context
-        self._prefill: tuple[Tensor, Tensor] | None = None
-        self._tokens: tuple[Tensor, Tensor] | None = None
-        self._num_keys = 0
-        self._rectangles: tuple[Tensor, Tensor] | None = None
-
-    def write_rows(self, rows: Tensor, slots: Tensor) -> None:
-        """Next: row `rows[i]` of the batch goes to slot `slots[i]`, from position 0."""
-        self._prefill, self._tokens = (rows, slots), None
-
-    def write_tokens(self, rows_R: Tensor, positions_RW: Tensor, num_keys: int) -> None:
-        """Next: W tokens for each of the first R slots; attention sees `num_keys` positions."""
-        self._prefill, self._tokens, self._num_keys = None, (rows_R, positions_RW), num_keys
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store what the layer computed; return what it may attend to."""
-        if self._prefill is not None:
-            rows, slots = self._prefill
-            width = min(key_states.shape[2], self.max_context)
-            if self._rectangles is None:
-                length = min(_round_up(width, KEY_TILE), self.max_context)
-                self._rectangles = self._zeros(key_states, value_states, length)
-            self.reserve(width)
-            keys, values = self._rectangles
-            keys[slots, :, :width] = key_states[rows, :, :width]
-            values[slots, :, :width] = value_states[rows, :, :width]
-            return key_states, value_states
-        assert self._tokens is not None
-        rows_R, positions_RW = self._tokens
-        num_rows = rows_R.shape[0]
-        assert self._rectangles is not None  # a prefill came first
-        keys, values = self._rectangles
-        keys[rows_R[:, None], :, positions_RW] = key_states.transpose(1, 2)
-        values[rows_R[:, None], :, positions_RW] = value_states.transpose(1, 2)
-        return keys[:num_rows, :, : self._num_keys], values[:num_rows, :, : self._num_keys]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of a slot."""
-        assert self._rectangles is not None
-        for rectangle in self._rectangles:
-            rectangle[target, :, :length] = rectangle[source, :, :length]
-
-    @property
-    def num_keys(self) -> int:
-        """Positions that a slot has room for; when it grows, the rectangles move."""
-        return 0 if self._rectangles is None else self._rectangles[0].shape[2]
-
-    def reserve(self, length: int) -> None:
-        """Make room for so many positions, by doubling."""
-        held, size = self._rectangles, self.num_keys
-        if held is None or size >= length:
-            return
-        grown = self._zeros(*held, min(max(length, 2 * size), self.max_context))
-        for new, old in zip(grown, held, strict=True):
-            new[:, :, :size] = old
-        self._rectangles = grown
-
-    def _zeros(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Zeros, since 0 x garbage may be NaN."""
-        shape = (self.num_slots, keys.shape[1], length)
-        return keys.new_zeros((*shape, keys.shape[3])), values.new_zeros((*shape, values.shape[3]))
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Part of the base class; storage is made in `update`."""
-
-    def get_seq_length(self) -> int:
-        """Positions and masks are given explicitly, so nothing is derived from this."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """A prefill attends to its own tokens only."""
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        """The engine's context."""
-        return self.max_context
 
 
 class RequestMemory:
@@ -424,6 +377,29 @@ class RequestMemory:
         return out.past_key_values, out.logits[0, -1], recorded
 
 
+def _numbers(
+    prompts: Sequence[Sequence[int]],
+    owners: Sequence[tuple[int, int]],
+    num_prompts: int,
+    num_owners: int,
+    width: int,
+) -> Tensor:
+    """What a prefill of that shape reads, int64: ids `[U, L]`, the place of each prompt's last
+    token, and rows and slots of the owners, one after the other.
+
+    The last prompt and the last owner fill the shape up.
+    """
+    ids_UL = torch.zeros((num_prompts, width), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_UL[row, : len(prompt)] = torch.tensor(prompt)
+    ids_UL[len(prompts) :] = ids_UL[len(prompts) - 1]
+    last = [len(prompt) - 1 for prompt in prompts]
+    last += last[-1:] * (num_prompts - len(prompts))
+    filled = [*owners, *[owners[-1]] * (num_owners - len(owners))]
+    rows, slots = zip(*filled, strict=True)
+    return torch.cat([ids_UL.flatten(), torch.tensor([*last, *rows, *slots])])
+
+
 def _recording(recorder: RoutingReplay | None) -> AbstractContextManager[list[Tensor]]:
     return contextlib.nullcontext([]) if recorder is None else recorder._record_ids()
 
@@ -470,7 +446,3 @@ def _only_positions(model: nn.Module, last_U: Tensor) -> Iterator[None]:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _round_up(value: int, tile: int) -> int:
-    return -(-value // tile) * tile

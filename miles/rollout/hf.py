@@ -71,7 +71,8 @@ class HFEngine:
             else is in the batch; elsewhere, and with a draft, its random draws are the same (with
             `NgramDraft`, while what is remembered is) and log-probs differ by the kernels'
             rounding.
-        cuda_graphs: on a CUDA device, capture decoding steps as CUDA graphs, one for each shape.
+        cuda_graphs: on a CUDA device, capture decoding steps and passes over a few prompts as CUDA
+            graphs, one for each shape.
             Call `commit_weights` (or a syncer) after moving the model's parameters to other memory.
         draft: proposes tokens that the model then judges, several in one pass. Answers come from
             the model's own distribution, with its log-probs and routing; with the same seed they

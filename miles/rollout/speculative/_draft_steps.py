@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from miles.rollout._graph import DecodeGraphs, Outputs
+from miles.rollout._graph import (
+    GRAPH_TOKENS,
+    Outputs,
+    StepGraphs,
+    coarse,
+    graphs_run_on,
+    power_of_two,
+)
 
 if TYPE_CHECKING:
     from miles.rollout.speculative._model_draft import ModelDraft
@@ -28,7 +35,7 @@ KEY_TILE, GRAPH_KEY_TILE = 64, 256
 GRAPH_ROW_TILE = 16
 """As of the engine's steps: each shape is captured, at its second time."""
 GRAPH_WIDTH = 16
-"""Rows of a slot up to which a call is worth a graph: what a step of the target settles."""
+"""Rows of a slot that a step of the target settles at most; prompts have more."""
 
 
 class DraftSteps:
@@ -58,8 +65,9 @@ class DraftSteps:
         width = GRAPH_WIDTH if self._graphed else 0
         empty = partial(torch.zeros, device=self._device)
         # What graphs read lies where it lay when they were captured.
-        self._numbers = empty(self._room * (3 + width), dtype=torch.int64)
-        self._features = empty((self._room * width, draft.num_features), dtype=draft.dtype)
+        most = max(self._room * width, GRAPH_TOKENS if width else 0)
+        self._numbers = empty(self._room * 3 + most, dtype=torch.int64)
+        self._features = empty((most, draft.num_features), dtype=draft.dtype)
         self._uniforms = empty(self._room * width, dtype=torch.float64)
         self._temperatures = empty((self._room, 1), dtype=torch.float32)
 
@@ -86,11 +94,15 @@ class DraftSteps:
         features: Sequence[Tensor] | None,
     ) -> None:
         """Process rows from the next place of each slot on; `places` are those of every slot."""
-        width = max(map(len, tokens))
-        if self._graphed and width <= GRAPH_WIDTH:
-            width = 1 << (width - 1).bit_length()  # fewer shapes; what is beyond is padding
-        every, in_order = self._padded(slots)
-        rows = len(every)
+        width, rows = max(map(len, tokens)), _round_up(len(slots), self._row_tile)
+        graphed = self._graphed and width <= GRAPH_WIDTH
+        if graphed:
+            width = power_of_two(width)  # fewer shapes; what is beyond is padding
+        elif self._graphed:
+            few, wider = min(power_of_two(len(slots)), self._room), coarse(width)
+            if graphed := few * wider <= GRAPH_TOKENS:
+                rows, width = few, wider
+        every, in_order = self._padded(slots, rows)
         num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
         num_keys = self._reserve(num_keys)
         padding = [()] * (rows - len(tokens))
@@ -103,7 +115,7 @@ class DraftSteps:
                 *zip(*filled, strict=True),
             ]
         )
-        if not self._graphed or width > GRAPH_WIDTH:
+        if not graphed:
             features_RMF = None
             if features is not None:
                 held = self._features.new_empty((rows * width, self._draft.num_features))
@@ -127,8 +139,9 @@ class DraftSteps:
         The next call may write over both.
         """
         num_steps = uniforms_RK.shape[1]
-        every, in_order = self._padded(slots)
-        rows, asked = len(every), len(slots)
+        asked = len(slots)
+        rows = _round_up(asked, self._row_tile)
+        every, in_order = self._padded(slots, rows)
         num_keys = self._reserve(max(places[slot] for slot in slots) + num_steps - 1)
         numbers = torch.tensor(
             [every, [places[slot] if slot < len(places) else 0 for slot in every]]
@@ -159,9 +172,8 @@ class DraftSteps:
             tokens_RK, probs_RKV, _ = step(rows, num_keys, num_steps)
         return tokens_RK[:asked], None if probs_RKV is None else probs_RKV[:asked]
 
-    def _padded(self, slots: Sequence[int]) -> tuple[list[int], bool]:
-        """The slots and padding up to a tile, and whether they are 0, 1, ..."""
-        rows = _round_up(len(slots), self._row_tile)
+    def _padded(self, slots: Sequence[int], rows: int) -> tuple[list[int], bool]:
+        """The slots and padding up to so many rows, and whether they are 0, 1, ..."""
         if list(slots) == list(range(len(slots))):
             return list(range(rows)), True
         return [*slots, *[self._room] * (rows - len(slots))], False
@@ -183,7 +195,7 @@ class DraftSteps:
         key = (what, *settings)
         if key not in self._steps:
             step = self._settle_graphed if what == "settle" else self._propose_graphed
-            self._steps[key] = DecodeGraphs(partial(step, *settings))
+            self._steps[key] = StepGraphs(partial(step, *settings))
         return self._steps[key]
 
     def _settle_graphed(
@@ -284,11 +296,6 @@ class DraftSteps:
         if held is None:
             return numbers.to(self._device, non_blocking=True)
         return held[: len(numbers)].copy_(numbers, non_blocking=True)
-
-
-def graphs_run_on(device: torch.device) -> bool:
-    """Whether CUDA graphs do."""
-    return device.type == "cuda"
 
 
 def _draw(

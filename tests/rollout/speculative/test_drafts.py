@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from miles.errors import SettingError
@@ -20,10 +19,10 @@ from miles.rollout.speculative import (
     Proposal,
     StandaloneDraft,
 )
-from miles.rollout.speculative import _draft_steps as steps_module
 from miles.rollout.speculative import _keys as keys_module
 from miles.rollout.speculative.eagle3 import default_feature_layers, frequent_tokens
 from tests.models import VOCAB, tiny
+from tests.rollout.graphs import pretend_graphs
 from tests.rollout.speculative.targets import (
     DRAFTS,
     HIDDEN,
@@ -81,37 +80,6 @@ def test_a_proposal_is_drawn_from_what_unroll_computes(name: str, kind: str) -> 
     got = propose(memory, [1])
     assert got.tokens_RK.dtype == torch.int64 and got.probs_RKV.dtype == torch.float32
     assert_proposes_what_it_learns(draft, model, ids, got)
-
-
-class NothingWaits(TorchDispatchMode):
-    """Refuses what a capture would: reading the device, and new tensors of host values."""
-
-    ops = torch.ops.aten
-    refused = (ops._local_scalar_dense, ops.nonzero, ops.masked_select, ops.lift_fresh)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in self.refused, func
-        return func(*args, **(kwargs or {}))
-
-
-class Replays:
-    """Stands for CUDA graphs: the same memory comes back every time, with the next results."""
-
-    def __init__(self, step: Any) -> None:
-        self.step, self.outputs = step, {}
-
-    def __call__(self, *shape: int) -> Any:
-        with NothingWaits():
-            new = self.step(*shape)
-        for old, value in zip(self.outputs.setdefault(shape, new), new, strict=True):
-            if old is not None:
-                old.copy_(value)
-        return self.outputs[shape]
-
-
-def pretend_graphs(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(steps_module, "graphs_run_on", lambda device: True)
-    patch.setattr(steps_module, "DecodeGraphs", Replays)
 
 
 @pytest.mark.parametrize("graphed", [False, True])

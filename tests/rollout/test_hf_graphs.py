@@ -1,0 +1,123 @@
+"""The embedded engine as it runs on a GPU, with stand-ins for CUDA graphs: shapes and memory."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miles.rollout import _kv
+from miles.rollout._features import FeatureTap
+from miles.rollout._graph import coarse, power_of_two
+from miles.rollout.speculative import Eagle3Draft
+from tests.models import generate_all, params, serving, tiny, token_batch
+from tests.rollout.graphs import pretend_graphs
+
+LENGTHS = [1, 17, 5, 9, 33, 16, 2, 40]
+PROMPTS = [token_batch(1, n, seed=n)[0].tolist() for n in LENGTHS]
+PROMPTS += PROMPTS[2:4] * 2  # groups, which share a row
+ROUNDING = 1e-4  # between two float32 passes, as in test_hf_engine
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    pretend_graphs(monkeypatch)
+
+
+def run(model, *, max_batch, apart, **settings):
+    """Answers and the engine's memory; `apart`: one request after the other."""
+    wanted = [params(9, seed=i, temperature=[0.8, 0.0][i % 2]) for i in range(len(PROMPTS))]
+    draft = settings.get("draft")
+    with serving(model, max_batch=max_batch, **settings) as engine:
+        if apart:
+            pairs = zip(PROMPTS, wanted, strict=True)
+            samples = [engine.submit(*pair).result(timeout=60) for pair in pairs]
+        else:
+            samples = generate_all(engine, PROMPTS, wanted)
+        stats = None if draft is None else engine.acceptance()
+        return samples, stats, engine._memory
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("drafting", [False, True])
+def test_answers_are_those_of_an_engine_without_graphs(
+    name, apart, attention, drafting, monkeypatch
+):
+    model = tiny(name, experts="batched_mm", attn_implementation=attention)
+    torch.manual_seed(0)
+    settings = {"draft": Eagle3Draft.from_target(model)} if drafting else {}
+    settings |= {"max_batch": 5, "apart": apart}
+    expected, expected_stats, _ = run(model, cuda_graphs=False, **settings)
+    with monkeypatch.context() as patch:
+        pretend_graphs(patch)
+        got, stats, memory = run(model, **settings)
+    assert memory._prefills.outputs and memory._graphs.outputs
+    assert stats == expected_stats
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.tokens == theirs.tokens and ours.routing == theirs.routing
+        logprobs = [torch.tensor(s.rollout_logprobs) for s in (ours, theirs)]
+        torch.testing.assert_close(*logprobs, rtol=0, atol=ROUNDING, equal_nan=True)
+
+
+def test_long_and_many_prompts_are_read_without_a_graph(graphed, monkeypatch):
+    monkeypatch.setattr(_kv, "GRAPH_TOKENS", 64)
+    model = tiny("llama")
+    for apart in (False, True):
+        _, _, memory = run(model, max_batch=12, apart=apart)
+        shapes = list(memory._prefills.outputs)
+        assert bool(shapes) == apart
+        assert all(rows * width <= 64 for rows, _, width in shapes)
+
+
+def test_what_a_pass_read_stays_when_the_next_one_runs(graphed):
+    """A draft that rests is told later."""
+    model = tiny("llama")
+    memory = _kv.SlotMemory(
+        model, None, num_slots=4, max_context=64, row_tile=1, cuda_graphs=True,
+        tap=FeatureTap(model, (0,)),
+    )  # fmt: skip
+    with torch.no_grad():
+        memory.prefill([[1]], [[3]])  # makes the room
+        logits, _ = memory.prefill([[1, 2, 3]], [[0, 1]])
+        features = memory.features
+        held = logits.clone(), features.clone()
+        memory.prefill([[4, 5] * 10], [[2]])
+    assert torch.equal(logits, held[0]) and torch.equal(features, held[1])
+    assert logits.isfinite().all() and features.shape[0] == 1
+
+
+def test_prompts_as_long_as_the_context(graphed):
+    model = tiny("llama")
+    prompt = token_batch(1, 35, seed=1)[0].tolist()
+    with serving(model, max_context=36) as engine:
+        sample = engine.submit(prompt, params(4, temperature=0.0)).result(timeout=60)
+        assert set(engine._memory._prefills.outputs) == {(1, 1, 36)}
+    assert sample.tokens[35] == int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+
+
+def test_new_weights_and_more_room_are_captured_anew(graphed):
+    with serving(tiny("llama", max_position_embeddings=512)) as engine:
+
+        def shapes(length):
+            engine.submit([1] * length, params(2)).result(timeout=60)
+            return set(engine._memory._prefills.outputs)
+
+        shapes(3)  # makes the room
+        assert shapes(3) == {(1, 1, 16)}
+        assert shapes(20) == {(1, 1, 16), (1, 1, 32)}
+        weights = {name: t.clone() for name, t in engine.weight_tensors().items()}
+        engine.commit_weights(weights, version=1, alias=True)
+        assert shapes(3) == {(1, 1, 16)}
+        assert shapes(300) == {(1, 1, 320)}  # it moved before that pass
+
+
+@given(length=st.integers(1, 4096))
+def test_coarse_lengths_are_few_and_near(length):
+    assert length <= coarse(length) < max(length + 16, 1.25 * length)
+    assert coarse(coarse(length)) == coarse(length) and coarse(length) % 16 == 0
+    assert power_of_two(length) // 2 < length <= power_of_two(length)
+
+
+def test_there_are_twenty_coarse_lengths_up_to_a_thousand():
+    assert len({coarse(length) for length in range(1, 1025)}) == 20
