@@ -80,8 +80,8 @@ def power_of_two(value: int) -> int:
 
 
 def coarse(length: int) -> int:
-    """One of few lengths that is no less: of multiples of 16, four from a power to the next."""
-    tile = max(16, power_of_two(length) // 8)
+    """One of few lengths that is no less: of multiples of 32, two from a power to the next."""
+    tile = max(32, power_of_two(length) // 4)
     return -(-length // tile) * tile
 
 

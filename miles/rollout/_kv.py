@@ -271,6 +271,11 @@ class SlotMemory:
             logits_RWV = self._forward(ids_RW, positions_RW, mask)
         return logits_RWV, recorded[0] if recorded else None, read[0] if read else None
 
+    @property
+    def graphed(self) -> bool:
+        """Whether each new shape of a step is captured."""
+        return self._graphs is not None
+
     def worth_moving(self, highest: int, active: int) -> bool:
         return round_up(highest + 1, self._row_tile) > round_up(active, self._row_tile)
 

@@ -152,11 +152,12 @@ class Speculation:
         """One pass of the target over proposals, and the tokens that come of it, one to W for each
         request. False: there are none, so the engine takes a plain step, and calls `decoded`."""
         self._begun = perf_counter()
-        lengths = self._lengths(requests)
+        chosen = self._choose(len(requests))
+        lengths = self._lengths(requests, chosen)
         if not any(lengths):
             return False
         first = self._watch.mark()
-        proposed = self._propose(requests, lengths)
+        proposed = self._propose(requests, lengths, chosen)
         if proposed is None:
             return False
         proposal, inputs, usual = proposed
@@ -222,16 +223,20 @@ class Speculation:
             with self._draft_of([request], "free"):
                 self._draft.free(request.slot)
 
-    def _lengths(self, requests: Sequence[Request]) -> list[int]:
+    def _choose(self, batch: int) -> int:
+        """The number of draft tokens of this step."""
+        if self._controller is None:
+            return self._max_steps
+        chosen = self._controller.choose(batch)
+        if not 0 <= chosen <= self._max_steps:
+            raise SettingError(
+                f"the controller chose {chosen} draft steps; expected 0 to {self._max_steps}, "
+                "the engine's draft_steps"
+            )
+        return chosen
+
+    def _lengths(self, requests: Sequence[Request], chosen: int) -> list[int]:
         """How many proposals of each request can be kept, the bonus token after them included."""
-        chosen = self._max_steps
-        if self._controller is not None:
-            chosen = self._controller.choose(len(requests))
-            if not 0 <= chosen <= self._max_steps:
-                raise SettingError(
-                    f"the controller chose {chosen} draft steps; expected 0 to {self._max_steps}, "
-                    "the engine's draft_steps"
-                )
         if not chosen:
             return []
         return [
@@ -270,17 +275,22 @@ class Speculation:
         return _Inputs(packed[:, :-1], packed[:, -1])
 
     def _propose(
-        self, requests: Sequence[Request], lengths: list[int]
+        self, requests: Sequence[Request], lengths: list[int], chosen: int
     ) -> tuple[Proposal, _Inputs, bool] | None:
         """For all requests, with a length for each; what the step computes with; whether the draft
-        was told no more than steps with it leave. None: nothing to verify."""
+        was told no more than steps with it leave. None: nothing to verify.
+
+        Where steps are graphs there are `chosen` tokens for each, even if none is to have as many:
+        to capture one more shape costs more than they do.
+        """
         asked = [row for row, length in enumerate(lengths) if length]
         ours = [requests[row] for row in asked]
         usual = self._extend(ours)
         if any(request.ended for request in ours):
             return None
         salt = self._salt
-        proposal, num_steps, inputs = None, max(lengths), self._inputs(requests, salt)
+        num_steps = chosen if self._memory.graphed else max(lengths)
+        proposal, inputs = None, self._inputs(requests, salt)
         draws_RK = inputs.draws_RU[:, :num_steps]
         with self._draft_of(ours, "propose"):
             proposal = self._draft.propose(
@@ -295,7 +305,8 @@ class Speculation:
                     lengths[row] = min(lengths[row], length)
             if (now := self._salt) != salt:  # it may have read what was remembered meanwhile
                 inputs = self._inputs(requests, now)
-            proposal = _spread(proposal, asked, lengths, self._memory.device)
+            width = num_steps if self._memory.graphed else max(lengths)
+            proposal = _spread(proposal, asked, lengths, width, self._memory.device)
         if proposal is None or any(request.ended for request in ours):
             return None
         return proposal, inputs, usual
@@ -468,11 +479,12 @@ def _check_shapes(proposal: Proposal, expected: tuple[int, int, int]) -> None:
 
 
 def _spread(
-    proposal: Proposal, rows: list[int], lengths: list[int], device: torch.device
+    proposal: Proposal, rows: list[int], lengths: list[int], width: int, device: torch.device
 ) -> Proposal | None:
-    """The same on the target's device, among rows that propose nothing; None if no row does."""
-    width, num_rows = max(lengths), len(lengths)
-    if not width:
+    """The first `width` on the target's device, among rows that propose nothing; None if no row
+    does."""
+    num_rows = len(lengths)
+    if not any(lengths):
         return None
     tokens_RK, probs_RKV = proposal.tokens_RK[:, :width].to(device), proposal.probs_RKV
     probs_RKV = None if probs_RKV is None else probs_RKV[:, :width].to(device)

@@ -70,6 +70,21 @@ def test_long_and_many_prompts_are_read_without_a_graph(graphed, monkeypatch):
         assert all(rows * width <= 64 for rows, _, width in shapes)
 
 
+def test_a_draft_adds_a_shape_of_each_kind_and_no_more_at_the_ends_of_answers(graphed):
+    model = tiny("llama", max_position_embeddings=256)
+    draft = Eagle3Draft.from_target(model)
+    wanted = [params(20 + i, seed=i, temperature=1.0) for i in range(len(PROMPTS))]
+    with serving(model, max_batch=5, draft=draft, draft_steps=3) as engine:
+        generate_all(engine, PROMPTS, wanted)
+        assert {width for _, _, width in engine._memory._graphs.outputs} <= {1, 4}
+        steps = engine._speculation._draft._steps._steps
+    shapes = {key: list(step.outputs) for key, step in steps.items()}
+    proposed = [shape for (what, *_), held in shapes.items() if what == "propose" for shape in held]
+    settled = [shape for (what, *_), held in shapes.items() if what == "settle" for shape in held]
+    assert proposed == [(16, 256, 3)]  # whoever is in which slot
+    assert {width for _, _, width in settled} <= {4, 8, 16, 32, 64}
+
+
 def test_what_a_pass_read_stays_when_the_next_one_runs(graphed):
     """A draft that rests is told later."""
     model = tiny("llama")
@@ -104,20 +119,20 @@ def test_new_weights_and_more_room_are_captured_anew(graphed):
             return set(engine._memory._prefills.outputs)
 
         shapes(3)  # makes the room
-        assert shapes(3) == {(1, 1, 16)}
-        assert shapes(20) == {(1, 1, 16), (1, 1, 32)}
+        assert shapes(3) == {(1, 1, 32)}
+        assert shapes(40) == {(1, 1, 32), (1, 1, 64)}
         weights = {name: t.clone() for name, t in engine.weight_tensors().items()}
         engine.commit_weights(weights, version=1, alias=True)
-        assert shapes(3) == {(1, 1, 16)}
-        assert shapes(300) == {(1, 1, 320)}  # it moved before that pass
+        assert shapes(3) == {(1, 1, 32)}
+        assert shapes(300) == {(1, 1, 384)}  # it moved before that pass
 
 
 @given(length=st.integers(1, 4096))
 def test_coarse_lengths_are_few_and_near(length):
-    assert length <= coarse(length) < max(length + 16, 1.25 * length)
-    assert coarse(coarse(length)) == coarse(length) and coarse(length) % 16 == 0
+    assert length <= coarse(length) < max(length + 32, 1.5 * length)
+    assert coarse(coarse(length)) == coarse(length) and coarse(length) % 32 == 0
     assert power_of_two(length) // 2 < length <= power_of_two(length)
 
 
-def test_there_are_twenty_coarse_lengths_up_to_a_thousand():
-    assert len({coarse(length) for length in range(1, 1025)}) == 20
+def test_there_are_ten_coarse_lengths_up_to_a_thousand():
+    assert len({coarse(length) for length in range(1, 1025)}) == 10

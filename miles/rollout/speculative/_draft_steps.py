@@ -30,6 +30,8 @@ __all__ = ["DraftSteps"]
 
 Mode = Literal["greedy", "sampled", "mixed"]
 Step = Callable[[int, int, int], Outputs]
+Rows = tuple[list[int], Sequence[int], bool]
+"""The slot of each row of a call, the rows of those asked, and whether slots are 0, 1, ..."""
 
 KEY_TILE, GRAPH_KEY_TILE = 64, 256
 GRAPH_ROW_TILE = 16
@@ -94,24 +96,29 @@ class DraftSteps:
         features: Sequence[Tensor] | None,
     ) -> None:
         """Process rows from the next place of each slot on; `places` are those of every slot."""
-        width, rows = max(map(len, tokens)), _round_up(len(slots), self._row_tile)
-        graphed = self._graphed and width <= GRAPH_WIDTH
-        if graphed:
-            width = power_of_two(width)  # fewer shapes; what is beyond is padding
-        elif self._graphed:
-            few, wider = min(power_of_two(len(slots)), self._room), coarse(width)
-            if graphed := few * wider <= GRAPH_TOKENS:
-                rows, width = few, wider
-        every, in_order = self._padded(slots, rows)
+        width = max(map(len, tokens))
+        narrow, few = width <= GRAPH_WIDTH, power_of_two(len(slots))
+        graphed = self._graphed and (narrow or few * coarse(width) <= GRAPH_TOKENS)
+        if not graphed:
+            every, own, in_order = _side_by_side(slots)
+        else:  # few shapes: what is beyond the tokens is padding
+            width = max(4, power_of_two(width)) if narrow else coarse(width)
+            every = [*slots, *[self._room] * (few - len(slots))]
+            own, in_order = range(len(slots)), False
+            if narrow:
+                every, own, in_order = self._in_place(slots)
+        rows = len(every)
         num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
         num_keys = self._reserve(num_keys)
-        padding = [()] * (rows - len(tokens))
-        filled = [[*new, *[0] * (width - len(new))] for new in (*tokens, *padding)]
+        of_rows: list[Sequence[int]] = [()] * rows
+        for row, new in zip(own, tokens, strict=True):
+            of_rows[row] = new
+        filled = [[*new, *[0] * (width - len(new))] for new in of_rows]
         numbers = torch.tensor(
             [
                 every,
                 [places[slot] if slot < len(places) else 0 for slot in every],
-                [len(new) for new in (*tokens, *padding)],
+                [len(new) for new in of_rows],
                 *zip(*filled, strict=True),
             ]
         )
@@ -119,11 +126,11 @@ class DraftSteps:
             features_RMF = None
             if features is not None:
                 held = self._features.new_empty((rows * width, self._draft.num_features))
-                features_RMF = _spread(features, held, width, self._upload)
+                features_RMF = _spread(features, own, held, width, self._upload)
             self._settle_rows(in_order, num_keys, self._upload(numbers), features_RMF)
             return
         if features is not None:
-            _spread(features, self._features[: rows * width], width, self._upload)
+            _spread(features, own, self._features[: rows * width], width, self._upload)
         self._upload(numbers.flatten(), self._numbers)
         self._step("settle", in_order, features is not None)(rows, num_keys, width)
 
@@ -139,24 +146,22 @@ class DraftSteps:
         The next call may write over both.
         """
         num_steps = uniforms_RK.shape[1]
-        asked = len(slots)
-        rows = _round_up(asked, self._row_tile)
-        every, in_order = self._padded(slots, rows)
         num_keys = self._reserve(max(places[slot] for slot in slots) + num_steps - 1)
+        graphed = self._graphed and num_steps <= GRAPH_WIDTH
+        every, own, in_order = self._in_place(slots) if graphed else _side_by_side(slots)
         numbers = torch.tensor(
             [every, [places[slot] if slot < len(places) else 0 for slot in every]]
         )
-        filled = [*temperatures, *[float(any(temperatures))] * (rows - asked)]
-        temperature_R1 = torch.tensor(filled, dtype=torch.float32)[:, None]
+        of_rows = [float(any(temperatures))] * len(every)
+        for row, temperature in zip(own, temperatures, strict=True):
+            of_rows[row] = temperature
+        temperature_R1 = torch.tensor(of_rows, dtype=torch.float32)[:, None]
         uniforms_RK = uniforms_RK.to(self._device)
-        if rows > asked:
-            padding = uniforms_RK.new_zeros((rows - asked, num_steps))
-            uniforms_RK = torch.cat([uniforms_RK, padding])
         mode: Mode = "mixed"
         if all(temperatures) or not any(temperatures):
             mode = "sampled" if any(temperatures) else "greedy"
-        if not self._graphed or num_steps > GRAPH_WIDTH:
-            tokens_RK, probs_RKV = self._propose_rows(
+        if not graphed:
+            return self._propose_rows(
                 in_order,
                 mode,
                 num_keys,
@@ -164,19 +169,19 @@ class DraftSteps:
                 self._upload(temperature_R1),
                 uniforms_RK,
             )
-        else:
-            self._upload(numbers.flatten(), self._numbers)
-            self._upload(temperature_R1, self._temperatures)
-            self._uniforms[: rows * num_steps].copy_(uniforms_RK.flatten())
-            step = self._step("propose", in_order, mode)
-            tokens_RK, probs_RKV, _ = step(rows, num_keys, num_steps)
-        return tokens_RK[:asked], None if probs_RKV is None else probs_RKV[:asked]
+        own_R = self._upload(torch.tensor(list(own)))
+        self._upload(numbers.flatten(), self._numbers)
+        self._upload(temperature_R1, self._temperatures)
+        held = self._uniforms[: len(every) * num_steps].view(-1, num_steps)
+        held.index_copy_(0, own_R, uniforms_RK)
+        step = self._step("propose", in_order, mode)
+        tokens_RK, probs_RKV, _ = step(len(every), num_keys, num_steps)
+        return tokens_RK[own_R], None if probs_RKV is None else probs_RKV[own_R]
 
-    def _padded(self, slots: Sequence[int], rows: int) -> tuple[list[int], bool]:
-        """The slots and padding up to so many rows, and whether they are 0, 1, ..."""
-        if list(slots) == list(range(len(slots))):
-            return list(range(rows)), True
-        return [*slots, *[self._room] * (rows - len(slots))], False
+    def _in_place(self, slots: Sequence[int]) -> Rows:
+        """All slots from the first on, up to a tile: one shape for any order of those asked."""
+        every = list(range(_round_up(max(slots) + 1, self._row_tile)))
+        return every, slots, True
 
     def _reserve(self, num_keys: int) -> int:
         """Room for so many keys, in whole tiles."""
@@ -318,11 +323,22 @@ def _draw(
     return drawn_R.clamp(max=probs_RV.shape[1] - 1), probs_RV
 
 
+def _side_by_side(slots: Sequence[int]) -> Rows:
+    """The slots that are asked alone."""
+    places = range(len(slots))
+    return list(slots), places, list(slots) == list(places)
+
+
 def _spread(
-    features: Sequence[Tensor], held_TF: Tensor, width: int, upload: Callable[[Tensor], Tensor]
+    features: Sequence[Tensor],
+    own: Sequence[int],
+    held_TF: Tensor,
+    width: int,
+    upload: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """`[R, M, F]` in `held`, with zeros where there is none; three launches."""
-    rows = [range(row * width, row * width + len(given)) for row, given in enumerate(features)]
+    pairs = zip(own, features, strict=True)
+    rows = [range(row * width, row * width + len(given)) for row, given in pairs]
     places = list(chain.from_iterable(rows))
     given_TF = torch.cat([given.to(held_TF.device, held_TF.dtype) for given in features])
     held_TF.zero_().index_copy_(0, upload(torch.tensor(places)), given_TF)

@@ -17,7 +17,7 @@ __all__ = ["CostModel", "CostSample", "DraftController", "Simulation", "simulate
 
 PRIOR_ROWS = 8.0
 """How many rows a guess of a position's acceptance counts as."""
-TRIAL = 3.0
+TRIAL = 6.0
 """What a trial is taken to cost, in terms of what such a step costs more than a plain one: before
 it, the draft has to be told of all the tokens of the plain steps."""
 
@@ -26,7 +26,8 @@ class DraftController:
     """Chooses the number of draft tokens of each step from what was accepted and what steps cost.
 
     `choose` before a step, `observe` after it. Acceptance is kept for each position, over rows,
-    with older ones fading; a position that was not tried yet is taken to be like the one before it.
+    with older ones fading; a position that was not tried yet is taken to be like the one before it,
+    and one that was, but not lately, to be below that as it used to be, less and less.
     The choice is the number with the largest predicted speedup, 0 (plain decoding) unless that is
     above 1 by `margin`. What runs is left only for what is better by `margin`, so that the choice
     does not flicker, or when it no longer is above 1 by half of that: predictions err, and what is
@@ -48,8 +49,9 @@ class DraftController:
         initial_acceptance: what an unknown draft is believed to reach; above 0, so that it is
             tried.
         train_share: the draft should learn when this share of its best is lost.
-        train_halflife: rows after which an observation counts half in that; at least the rows of an
-            RL step, since the best of few is luck.
+        train_halflife: rows after which an observation counts half in that, and in how far a
+            position that is not tried is below the one before it; at least the rows of an RL step,
+            since the best of few is luck.
         min_rows: rows that a position needs before its rate counts there.
 
     Raises:
@@ -104,6 +106,9 @@ class DraftController:
         self._recent = _Rates(max_steps, halflife)
         self._slow = _Rates(max_steps, train_halflife)
         self._best = [0.0] * max_steps
+        self._ratios = [1.0] * max_steps
+        """Of each position's acceptance to that of the one before, when it was last tried; then
+        towards 1."""
         self._current = 0
         self._credit = 0.0
         self._predicted: dict[int, tuple[tuple[float, ...], float, float]] = {}
@@ -112,8 +117,14 @@ class DraftController:
     @property
     def acceptance(self) -> tuple[float, ...]:
         """`[K]`: believed share kept at each position where all before it were kept."""
+        return self._believed(self._ratios)
+
+    def _believed(self, ratios: Sequence[float]) -> tuple[float, ...]:
+        """What was counted, and where it is little, a share of the position before."""
         rates, believed = [], self._initial
-        for kept, judged in zip(self._recent.accepted, self._recent.judged, strict=True):
+        recent = zip(self._recent.accepted, self._recent.judged, ratios, strict=True)
+        for kept, judged, ratio in recent:
+            believed = min(1.0, believed * ratio)
             believed = (kept + PRIOR_ROWS * believed) / (judged + PRIOR_ROWS)
             rates.append(believed)
         return tuple(rates)
@@ -154,6 +165,10 @@ class DraftController:
         if not stats.judged:
             return
         self._recent.add(stats)
+        believed, fading = self._believed([1.0] * self.max_steps), self._slow.fading(stats)
+        for k in range(1, self.max_steps):
+            tried = k < len(stats.judged)
+            self._ratios[k] = believed[k] / believed[k - 1] if tried else self._ratios[k] ** fading
         self._predicted = {}
         self._slow.add(stats)
         measured = self._slow.measured(self._min_rows)
@@ -193,6 +208,7 @@ class DraftController:
             "recent": self._recent.state(),
             "slow": self._slow.state(),
             "best": list(self._best),
+            "ratios": list(self._ratios),
             "current": self._current,
             "credit": self._credit,
         }
@@ -208,8 +224,8 @@ class DraftController:
         lists = [part.get(k, []) for part in lists for k in ("judged", "accepted")]
         if (
             not complete
-            or {"current", "credit", "best"} - state.keys()
-            or any(len(part) != self.max_steps for part in [*lists, state["best"]])
+            or {"current", "credit", "best", "ratios"} - state.keys()
+            or any(len(part) != self.max_steps for part in [*lists, state["best"], state["ratios"]])
         ):
             raise CheckpointError(
                 f"the state is not of a DraftController with max_steps={self.max_steps}; expected "
@@ -218,7 +234,7 @@ class DraftController:
         self._recent.load(state["recent"])
         self._predicted = {}
         self._slow.load(state["slow"])
-        self._best = list(state["best"])
+        self._best, self._ratios = list(state["best"]), list(state["ratios"])
         self._current, self._credit = int(state["current"]), float(state["credit"])
 
 
@@ -236,6 +252,10 @@ class _Rates:
         """Share of the rows of passes with proposals that had one."""
         return self.judged[0] / self.rows if self.rows else 1.0
 
+    def fading(self, stats: AcceptanceStats) -> float:
+        """What is left of earlier counts after these."""
+        return float(0.5 ** (stats.judged[0] / self._halflife))
+
     def add(self, stats: AcceptanceStats) -> None:
         if len(stats.judged) > len(self.judged):
             raise SettingError(
@@ -243,7 +263,7 @@ class _Rates:
                 f"{len(self.judged)}"
             )
         # Every position fades with the rows of the first: what is no longer tried is forgotten.
-        fading = 0.5 ** (stats.judged[0] / self._halflife)
+        fading = self.fading(stats)
         self.rows = self.rows * fading + stats.num_verify_steps
         for counts, new in ((self.judged, stats.judged), (self.accepted, stats.accepted)):
             for k, count in enumerate(counts):

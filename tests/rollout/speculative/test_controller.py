@@ -213,7 +213,7 @@ def test_the_choice_does_not_flicker_where_two_are_alike():
     second = next(r / 1000 for r in range(1000) if COST.speedup(4, [0.7, r / 1000]) > one)
 
     def switches(margin):
-        choices, _, _ = steady([0.7, second], 4, steps=2000, margin=margin)
+        choices, _, _ = steady([0.7, second], 4, steps=2000, margin=margin, train_halflife=100)
         assert set(choices[500:]) <= {1, 2}
         return sum(a != b for a, b in itertools.pairwise(choices[500:]))
 
@@ -244,6 +244,38 @@ def _first(rate: float) -> AcceptanceStats:
         num_verify_steps=10**9, num_tokens=10**9 + kept, proposed=(10**9,), judged=(10**9,),
         accepted=(kept,),
     )  # fmt: skip
+
+
+def test_what_is_not_tried_while_the_draft_rests_stays_as_far_below_as_it_was():
+    """Trials are of one token: later ones as good as that would be taken up, and left, for ever."""
+    controller = DraftController(COST, max_steps=3, halflife=100, train_halflife=50_000)
+    rates, rows = [0.5, 0.3, 0.2], 100_000
+    kept = tuple(round(rows * math.prod(rates[: k + 1])) for k in range(3))
+    judged = (rows, *kept[:2])
+    controller.observe(
+        AcceptanceStats(
+            num_verify_steps=rows, num_tokens=rows + sum(kept), proposed=(rows,) * 3,
+            judged=judged, accepted=kept,
+        )
+    )  # fmt: skip
+    for now in (0.5, 0.8):
+        for _ in range(20):
+            one = AcceptanceStats.count(accepted=[1] * int(100 * now) + [0] * int(100 - 100 * now),
+                                        proposed=[1] * 100)  # fmt: skip
+            controller.observe(one)
+        wanted = [now, now * 0.6, now * 0.4]
+        assert controller.acceptance == pytest.approx(wanted, abs=0.04)
+
+
+def test_a_later_position_that_failed_is_tried_again():
+    rng, choices = random.Random(0), []
+    controller = DraftController(COST, max_steps=3)
+    for rates in ([0.9, 0.05, 0.05], [0.9] * 3):
+        for _ in range(5000):
+            choices.append(controller.choose(8))
+            controller.observe(kept(rng, rates, 8, choices[-1]))
+    assert set(choices[3000:5000]) <= {1, 2} and choices[3000:5000].count(1) > 1800
+    assert choices[-1] == 3
 
 
 def test_a_recovered_draft_is_noticed_and_without_exploration_is_not():
