@@ -29,9 +29,9 @@ Variants are `plain` without a draft, `off` with one that is never asked, `K dra
 `controller`, which chooses up to the largest K by acceptance and by a `CostModel` fitted to a
 calibration in this process: plain steps and steps of every K, at powers of two up to the largest
 batch. They take turns in an order that rotates, with engines that have room for `batch` requests.
-Turns before, four of one wave or two of several, are not timed: shapes of steps are captured there.
-`speedup` is the median over repeats of the tokens per second over that of `plain` in the same
-repeat.
+Shapes of steps are captured before: on a GPU engines first answer every number of requests that has
+one of its own, and four turns of one wave or two of several are not timed. `speedup` is the median
+over repeats of the tokens per second over that of `plain` in the same repeat.
 
 Both servers run at once and take turns likewise, on one GPU or on those of `--server-gpus`. They
 have CUDA graphs for decoding, unless `--no-server-graphs`. SGLang 0.5.17 rejects as a draft's
@@ -42,14 +42,12 @@ distribution asks only where draft and policy share a vocabulary; for another dr
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import random
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,6 +59,7 @@ import torch
 import transformers
 import tyro
 from routing import append, environment, spread, synchronize
+from speculative_engines import Ask, Asked, InTurn, WarmedUp, answers, engines, meet_shapes, release
 
 from miles.rollout import HFEngine, Sample, SamplingParams, SGLangEngine, SGLangServer
 from miles.rollout.speculative import (
@@ -85,10 +84,6 @@ SERVER_FLAGS = (
     "--sampling-backend", "pytorch", "--grammar-backend", "none", "--mem-fraction-static", "0.3",
 )  # fmt: skip
 PLAIN = "plain"
-
-Asked = tuple[list[int], SamplingParams]
-Ask = Callable[[Sequence[Asked]], list[Sample]]
-"""Prompts, each with how to sample, to the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,19 +225,6 @@ def trained_draft(config: Config, model: Any, prompts: Iterator[list[int]]) -> E
     return draft
 
 
-class InTurn:
-    """A stand-in for a controller that takes every number of draft tokens in turn."""
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self._numbers, self.max_steps = itertools.cycle(numbers), max(numbers)
-
-    def choose(self, batch: int) -> int:
-        return next(self._numbers)
-
-    def observe(self, stats: Any) -> None:
-        pass
-
-
 def calibrated(config: Config, model: Any, draft: Any, prompts: Iterator[list[int]]) -> CostModel:
     """What steps cost, over batches and numbers of draft tokens, measured in this process."""
     most = max(config.draft_tokens)
@@ -277,12 +259,20 @@ def embedded(
     server.say(f"fitted: {cost}")
     most = max(config.draft_tokens)
     controller = DraftController(cost, max_steps=most)
+    every = range(most + 1)
     options: dict[str, dict[str, Any]] = {PLAIN: {}}
     for number in config.draft_tokens:
         options[of_tokens(number)] = {"draft": draft, "draft_steps": number}
     options["off"] = {"draft": draft, "draft_steps": most, "controller": InTurn([0])}
-    options["controller"] = {"draft": draft, "draft_steps": most, "controller": controller}
-    for rows in measured(config, lambda batch: engines(config, model, options, batch), prompts):
+    options["controller"] = {"draft": draft, "draft_steps": most}
+
+    def asks_at(batch: int) -> AbstractContextManager[dict[str, Ask]]:
+        options["controller"]["controller"] = WarmedUp(controller, every)
+        graphed = config.device == "cuda"
+        warm = partial(meet_shapes, prompts, config.params) if graphed else lambda *_: None
+        return engines(model, options, batch=batch, at_once=config.waves * batch, warm=warm)
+
+    for rows in measured(config, asks_at, prompts):
         yield [{"engine": "HFEngine"} | row for row in rows]
     for batch in config.batches:
         speedups = " ".join(f"{speedup:.2f}" for speedup in controller.speedups(batch))
@@ -292,40 +282,6 @@ def embedded(
 def of_tokens(number: int) -> str:
     """The name of a variant."""
     return f"{number} draft token{'s' if number > 1 else ''}"
-
-
-@contextlib.contextmanager
-def engines(
-    config: Config, model: Any, options: Mapping[str, Mapping[str, Any]], batch: int
-) -> Iterator[dict[str, Ask]]:
-    """An engine for each variant, with room for `batch` requests; the others wait in it."""
-    made = [HFEngine(model, max_batch=batch, **more) for more in options.values()]
-    pairs = zip(options, made, strict=True)
-    asks = {name: partial(answers, engine, config.waves * batch) for name, engine in pairs}
-    try:
-        yield asks
-    finally:
-        while made:
-            made.pop().close()
-        asks.clear()  # who was given it would hold the engines until those of the next batch
-        release()
-
-
-def release() -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def answers(engine: Any, at_once: int, asked: Sequence[Asked]) -> list[Sample]:
-    """Of an engine of ours that never has more than `at_once` requests to answer."""
-    room, futures = threading.Semaphore(at_once), []
-    for prompt, params in asked:
-        room.acquire()
-        futures.append(engine.submit(prompt, params))
-        futures[-1].add_done_callback(lambda _: room.release())
-    return [future.result() for future in futures]
 
 
 def servers(config: Config, model: Any, draft: Any, prompts: Any) -> Iterator[list[dict[str, Any]]]:

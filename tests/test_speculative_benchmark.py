@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from miles.rollout import HFEngine, Sample, SamplingParams, SGLangServer
 from miles.rollout.speculative import load_draft
+from tests.rollout.graphs import pretend_graphs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -222,6 +223,7 @@ def test_engines_of_a_batch_are_gone_before_those_of_the_next(
             made.append((max_batch, weakref.ref(self)))
 
     monkeypatch.setattr(benchmark, "HFEngine", Noted)
+    monkeypatch.setattr(importlib.import_module("speculative_engines"), "HFEngine", Noted)
     settings = config(benchmark, policy, tmp_path, batches=(1, 2), waves=1)
     model, tokenizer = benchmark.load(settings)
     prompts = benchmark.prompts_from(settings, model, tokenizer)
@@ -229,6 +231,39 @@ def test_engines_of_a_batch_are_gone_before_those_of_the_next(
     gc.collect()
     assert [size for size, _ in made] == [2, *[1] * 5, *[2] * 5]
     assert all(one() is None for _, one in made)
+
+
+def test_no_step_of_a_turn_has_a_new_shape(monkeypatch, benchmark, policy, tmp_path):
+    """As on a GPU, with stand-ins for graphs."""
+    pretend_graphs(monkeypatch)
+    settings = config(benchmark, policy, tmp_path, batches=(20,), new_tokens=8)
+    model, tokenizer = benchmark.load(settings)
+    prompts = benchmark.prompts_from(settings, model, tokenizer)
+    draft = benchmark.Eagle3Draft.from_target(model)
+    chosen = []
+
+    class Plain:
+        def choose(self, batch):
+            return 0
+
+        def observe(self, stats):
+            chosen.append(stats)
+
+    controller = benchmark.WarmedUp(Plain(), range(3))
+    engine = HFEngine(model, max_batch=20, draft=draft, draft_steps=2, controller=controller)
+    benchmark.meet_shapes(prompts, settings.params, engine, 20)
+    met = set(engine._memory._graphs.outputs)
+    assert {(rows, width) for rows, _, width in met} >= {
+        (r, w) for r in (16, 32) for w in (1, 2, 3)
+    }
+    assert not chosen  # the controller learns nothing of that
+    for begin in (False, True):
+        if begin:
+            controller.begin()
+        benchmark.answers(engine, 20, benchmark.turn_of(settings, 20, 0, prompts, seeded=True))
+        assert set(engine._memory._graphs.outputs) == met
+        assert bool(chosen) == begin
+    engine.close()
 
 
 def test_a_run_that_is_cut_off_leaves_the_rows_that_it_had(

@@ -31,7 +31,8 @@ class StepGraphs:
 
     def __init__(self, step: Callable[[int, int, int], Outputs]) -> None:
         self._step = step
-        self._usable = True
+        self.usable = True
+        """Whether a capture has not failed."""
         self.forget()
 
     def forget(self) -> None:
@@ -43,9 +44,10 @@ class StepGraphs:
     def __call__(self, num_rows: int, num_keys: int, width: int) -> Outputs:
         shape = (num_rows, num_keys, width)
         if shape not in self._graphs:
-            if not self._usable or shape not in self._seen or len(self._graphs) >= MAX_GRAPHS:
+            if not self.usable or shape not in self._seen or len(self._graphs) >= MAX_GRAPHS:
+                outputs = self._step(*shape)  # makes what it needs, or fails
                 self._seen.add(shape)
-                return self._step(*shape)
+                return outputs
             graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads (a trainer's) may go on with their own CUDA calls meanwhile.
@@ -55,7 +57,7 @@ class StepGraphs:
                 ):
                     outputs = self._step(*shape)
             except Exception as error:  # whatever a capture forbids; the step shows its own errors
-                self._usable = False
+                self.usable = False
                 warnings.warn(
                     "a pass of this model cannot be captured as a CUDA graph, so its kernels are "
                     f"launched one by one, which is slower: {error}",

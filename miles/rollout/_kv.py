@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -69,8 +69,8 @@ class KVMemory(Protocol):
         """Give `source`'s first `length` positions to the free slot `target`."""
         ...
 
-    def free(self, slot: int) -> None:
-        """Forget what the slot holds."""
+    def free(self, slot: int, *, spoilt: bool = False) -> None:
+        """Forget what the slot holds; `spoilt`: that may be NaN."""
         ...
 
     def weights_moved(self) -> None:
@@ -155,7 +155,8 @@ class SlotMemory:
             self._prompts = torch.zeros(size, dtype=torch.int64, device=device)
             self._graphs = StepGraphs(self._step)
             self._prefills = StepGraphs(partial(self._prefill_step, self._prompts, True))
-        self._graphed_keys = 0
+        self._graphed_keys: list[int] = []
+        self._spoilt: set[int] = set()
         # A wider tile means fewer graphs; what it adds to attention is nothing beside a launch.
         self._key_tile = KEY_TILE if self._graphs is None else GRAPH_KEY_TILE
 
@@ -164,15 +165,16 @@ class SlotMemory:
     ) -> tuple[Tensor, list[RoutingTape] | None]:
         owners = [(row, slot) for row, group in enumerate(slots) for slot in group]
         count, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        shape = count, len(owners), min(round_up(longest, LENGTH_TILE), self._max_context)
+        rows, width = power_of_two(count), min(coarse(longest), self._max_context)
         graphs = self._prefills
-        if graphs is not None:  # shapes are coarse, so that few graphs do
-            rows, width = power_of_two(count), min(coarse(longest), self._max_context)
-            if rows * width <= GRAPH_TOKENS:
-                shape = rows, power_of_two(len(owners)), width
-            else:
-                graphs = None
+        if graphs is not None and not (graphs.usable and rows * width <= GRAPH_TOKENS):
+            graphs = None
+        if graphs is None:
+            shape = count, len(owners), min(round_up(longest, LENGTH_TILE), self._max_context)
+        else:  # coarse, so that few graphs do
+            shape = rows, power_of_two(len(owners)), width
         self._reserve(shape[2])
+        self._mend(slot for _, slot in owners)
         numbers = _numbers(prompts, owners, *shape)
         if graphs is None:
             outputs = self._prefill_step(numbers.to(self.device), False, *shape)
@@ -280,11 +282,21 @@ class SlotMemory:
         return round_up(highest + 1, self._row_tile) > round_up(active, self._row_tile)
 
     def move(self, source: int, target: int, length: int) -> None:
+        self._mend([target])
         for layer in self._layers:
             layer.copy(source, target, length)
 
-    def free(self, slot: int) -> None:
-        """Nothing to do: what a slot holds beyond its own length is never looked at."""
+    def free(self, slot: int, *, spoilt: bool = False) -> None:
+        """What a slot holds beyond its own length counts 0 times, which is NaN if that is."""
+        if spoilt:
+            self._spoilt.add(slot)
+
+    def _mend(self, slots: Iterable[int]) -> None:
+        """Before somebody has them."""
+        for slot in self._spoilt.intersection(slots):
+            for layer in self._layers:
+                layer.clear(slot)
+            self._spoilt.discard(slot)
 
     def weights_moved(self) -> None:
         for graphs in (self._graphs, self._prefills):
@@ -295,7 +307,7 @@ class SlotMemory:
         """Make room for so many positions of each slot."""
         for layer in self._layers:
             layer.reserve(num_keys)
-        if self._graphed_keys != (held := self._layers[0].num_keys):
+        if self._graphed_keys != (held := [layer.num_keys for layer in self._layers]):
             self.weights_moved()
             self._graphed_keys = held
 
@@ -360,7 +372,7 @@ class RequestMemory:
     def move(self, source: int, target: int, length: int) -> None:
         self._caches[target] = self._caches.pop(source)
 
-    def free(self, slot: int) -> None:
+    def free(self, slot: int, *, spoilt: bool = False) -> None:
         self._caches.pop(slot, None)
 
     def weights_moved(self) -> None:

@@ -65,6 +65,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for rectangle in self._rectangles:
             rectangle[target, :, :length] = rectangle[source, :, :length]
 
+    def clear(self, slot: int) -> None:
+        """Zeros, since 0 x NaN is NaN."""
+        for rectangle in self._rectangles or ():
+            rectangle[slot].zero_()
+
     @property
     def num_keys(self) -> int:
         """Positions that a slot has room for; when it grows, the rectangles move."""

@@ -487,7 +487,7 @@ class HFEngine:
         """Take a request out of the engine and complete its sample."""
         if self._active.get(request.slot) is request:
             del self._active[request.slot]
-            self._memory.free(request.slot)
+            self._memory.free(request.slot, spoilt=request.error is not None)
             if self._speculation is not None:
                 self._speculation.free(request)
             self._free.append(request.slot)

@@ -31,6 +31,7 @@ class Replays:
     what another shape had there is gone."""
 
     watch: Callable[[], AbstractContextManager[Any]] = NothingWaits
+    usable = True
 
     def __init__(self, step: Any) -> None:
         self.step, self.outputs = step, {}

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles.errors import EngineError, NonFiniteError
 from miles.rollout import _kv
 from miles.rollout._features import FeatureTap
-from miles.rollout._graph import coarse, power_of_two
+from miles.rollout._graph import StepGraphs, coarse, power_of_two
 from miles.rollout.speculative import Eagle3Draft
 from tests.models import generate_all, params, serving, tiny, token_batch
 from tests.rollout.graphs import pretend_graphs
@@ -125,6 +126,89 @@ def test_new_weights_and_more_room_are_captured_anew(graphed):
         engine.commit_weights(weights, version=1, alias=True)
         assert shapes(3) == {(1, 1, 32)}
         assert shapes(300) == {(1, 1, 384)}  # it moved before that pass
+
+
+def test_graphs_are_forgotten_when_any_layer_moves(graphed, monkeypatch):
+    """Without memory for one of them the others have grown already."""
+    reserve, short = _kv.SlotLayer.reserve, [0]
+
+    def scarce(layer, length):
+        if layer is short[0] and length > layer.num_keys:
+            raise torch.OutOfMemoryError("none left")
+        reserve(layer, length)
+
+    monkeypatch.setattr(_kv.SlotLayer, "reserve", scarce)
+    with serving(tiny("llama", max_position_embeddings=512)) as engine:
+
+        def answer(length):
+            return engine.submit([1] * length, params(2)).result(timeout=60)
+
+        answer(3)
+        short[0] = engine._memory._layers[1]
+        with pytest.raises(EngineError, match="none left"):
+            answer(300)
+        answer(3)
+        held = engine._memory._prefills.outputs
+        assert set(held) == {(1, 1, 32)}
+        short[0] = None
+        assert answer(300).num_generated_tokens == 2
+        assert set(engine._memory._prefills.outputs) == {(1, 1, 384)}
+
+
+def test_a_shape_whose_first_run_failed_is_not_captured(monkeypatch):
+    """It may still have to make room, which no capture should hold."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", None)  # a capture would need it
+    failing = [True]
+
+    def step(rows, keys, width):
+        if failing.pop():
+            raise torch.OutOfMemoryError("none left")
+        return torch.ones(rows), None, None
+
+    graphs = StepGraphs(step)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(1, 2, 3)
+    failing.append(False)
+    assert graphs(1, 2, 3)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_slot_that_held_nan_serves_the_next_request(graphs, monkeypatch):
+    if graphs:
+        pretend_graphs(monkeypatch)
+    model, other = tiny("llama"), tiny("llama")
+    wanted = [params(6, seed=i) for i in range(3)]
+    with serving(other) as engine:
+        expected = [s.tokens for s in generate_all(engine, [[1, 2], [3], [4, 5]], wanted)]
+    with serving(model, max_batch=3, row_tile=1) as engine:
+        good = {name: t.clone() for name, t in engine.weight_tensors().items()}
+        spoilt = {name: torch.full_like(t, torch.nan) for name, t in good.items()}
+        engine.commit_weights(spoilt, version=1)
+        for length in (40, 30, 35):
+            with pytest.raises(NonFiniteError):
+                engine.submit([1] * length, params(2)).result(timeout=60)
+        with engine._between_steps():  # all three slots, and one that others move into
+            engine._memory._spoilt.update(range(3))
+        engine.commit_weights(good, version=2)
+        got = generate_all(engine, [[1, 2], [3], [4, 5]], wanted)
+        assert [s.tokens for s in got] == expected
+        assert not engine._memory._spoilt
+
+
+def test_who_moves_into_a_slot_that_held_nan_is_not_spoilt():
+    memory = _kv.SlotMemory(
+        tiny("llama"), None, num_slots=2, max_context=64, row_tile=1, cuda_graphs=False
+    )
+    with torch.no_grad():
+        memory.prefill([[1] * 40, [1, 2]], [[0], [1]])
+        for layer in memory._layers:
+            for rectangle in layer._rectangles:
+                rectangle[0] = torch.nan
+        memory.free(0, spoilt=True)
+        memory.move(1, 0, 2)
+        logits, _ = memory.decode([0], [3], [2])
+    assert logits.isfinite().all()
 
 
 @given(length=st.integers(1, 4096))

@@ -17,7 +17,9 @@ __all__ = ["CostModel", "CostSample", "DraftController", "Simulation", "simulate
 
 PRIOR_ROWS = 8.0
 """How many rows a guess of a position's acceptance counts as."""
-TRIAL = 6.0
+RATIO_ROWS = 50.0
+"""How many rows a position needs before it says how far it is behind the one before."""
+TRIAL = 4.0
 """What a trial is taken to cost, in terms of what such a step costs more than a plain one: before
 it, the draft has to be told of all the tokens of the plain steps."""
 
@@ -107,8 +109,8 @@ class DraftController:
         self._slow = _Rates(max_steps, train_halflife)
         self._best = [0.0] * max_steps
         self._ratios = [1.0] * max_steps
-        """Of each position's acceptance to that of the one before, when it was last tried; then
-        towards 1."""
+        """Of each position's acceptance to that of the one before, up to 1, when it was last tried;
+        then towards 1."""
         self._current = 0
         self._credit = 0.0
         self._predicted: dict[int, tuple[tuple[float, ...], float, float]] = {}
@@ -117,15 +119,10 @@ class DraftController:
     @property
     def acceptance(self) -> tuple[float, ...]:
         """`[K]`: believed share kept at each position where all before it were kept."""
-        return self._believed(self._ratios)
-
-    def _believed(self, ratios: Sequence[float]) -> tuple[float, ...]:
-        """What was counted, and where it is little, a share of the position before."""
         rates, believed = [], self._initial
-        recent = zip(self._recent.accepted, self._recent.judged, ratios, strict=True)
+        recent = zip(self._recent.accepted, self._recent.judged, self._ratios, strict=True)
         for kept, judged, ratio in recent:
-            believed = min(1.0, believed * ratio)
-            believed = (kept + PRIOR_ROWS * believed) / (judged + PRIOR_ROWS)
+            believed = (kept + PRIOR_ROWS * believed * ratio) / (judged + PRIOR_ROWS)
             rates.append(believed)
         return tuple(rates)
 
@@ -165,10 +162,12 @@ class DraftController:
         if not stats.judged:
             return
         self._recent.add(stats)
-        believed, fading = self._believed([1.0] * self.max_steps), self._slow.fading(stats)
+        fading, recent = self._slow.fading(stats), self._recent
         for k in range(1, self.max_steps):
-            tried = k < len(stats.judged)
-            self._ratios[k] = believed[k] / believed[k - 1] if tried else self._ratios[k] ** fading
+            if k >= len(stats.judged) or not stats.judged[k]:
+                self._ratios[k] **= fading
+            elif recent.judged[k] >= RATIO_ROWS:
+                self._ratios[k] = min(1.0, recent.rate(k) / recent.rate(k - 1))
         self._predicted = {}
         self._slow.add(stats)
         measured = self._slow.measured(self._min_rows)
@@ -221,11 +220,12 @@ class DraftController:
         """
         lists = [state.get(k, {}) for k in ("recent", "slow")]
         complete = all("rows" in part for part in lists)
+        ratios = state.get("ratios", [1.0] * self.max_steps)  # older states have none
         lists = [part.get(k, []) for part in lists for k in ("judged", "accepted")]
         if (
             not complete
-            or {"current", "credit", "best", "ratios"} - state.keys()
-            or any(len(part) != self.max_steps for part in [*lists, state["best"], state["ratios"]])
+            or {"current", "credit", "best"} - state.keys()
+            or any(len(part) != self.max_steps for part in [*lists, state["best"], ratios])
         ):
             raise CheckpointError(
                 f"the state is not of a DraftController with max_steps={self.max_steps}; expected "
@@ -234,7 +234,7 @@ class DraftController:
         self._recent.load(state["recent"])
         self._predicted = {}
         self._slow.load(state["slow"])
-        self._best, self._ratios = list(state["best"]), list(state["ratios"])
+        self._best, self._ratios = list(state["best"]), list(ratios)
         self._current, self._credit = int(state["current"]), float(state["credit"])
 
 
@@ -251,6 +251,10 @@ class _Rates:
     def coverage(self) -> float:
         """Share of the rows of passes with proposals that had one."""
         return self.judged[0] / self.rows if self.rows else 1.0
+
+    def rate(self, k: int) -> float:
+        """The share kept at a position."""
+        return self.accepted[k] / self.judged[k]
 
     def fading(self, stats: AcceptanceStats) -> float:
         """What is left of earlier counts after these."""

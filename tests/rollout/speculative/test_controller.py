@@ -263,8 +263,12 @@ def test_what_is_not_tried_while_the_draft_rests_stays_as_far_below_as_it_was():
             one = AcceptanceStats.count(accepted=[1] * int(100 * now) + [0] * int(100 - 100 * now),
                                         proposed=[1] * 100)  # fmt: skip
             controller.observe(one)
+        controller.observe(AcceptanceStats.count(accepted=[0], proposed=[3]))  # tells nothing
         wanted = [now, now * 0.6, now * 0.4]
         assert controller.acceptance == pytest.approx(wanted, abs=0.04)
+    older = {key: value for key, value in controller.state_dict().items() if key != "ratios"}
+    controller.load_state_dict(older)
+    assert controller.acceptance == pytest.approx([now] * 3, abs=0.04)
 
 
 def test_a_later_position_that_failed_is_tried_again():
