@@ -108,7 +108,8 @@ def _lent(tensor: Tensor) -> Tensor:
     A pool stays as long as one of its graphs, whoever holds its tensors.
     """
     memory = tensor.untyped_storage()
-    lent = torch.as_tensor(_Borrowed(memory.data_ptr(), memory.nbytes()), device=tensor.device)
+    with torch.cuda.device(tensor.device):
+        lent = torch.as_tensor(_Borrowed(memory.data_ptr(), memory.nbytes()), device=tensor.device)
     place = tensor.shape, tensor.stride(), tensor.storage_offset()
     return lent.view(tensor.dtype).as_strided(*place)
 
