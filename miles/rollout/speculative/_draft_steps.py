@@ -99,14 +99,16 @@ class DraftSteps:
         width = max(map(len, tokens))
         narrow, few = width <= GRAPH_WIDTH, power_of_two(len(slots))
         graphed = self._graphed and (narrow or few * coarse(width) <= GRAPH_TOKENS)
+        # As graphs few shapes: what is beyond the tokens is padding.
         if not graphed:
             every, own, in_order = _side_by_side(slots)
-        else:  # few shapes: what is beyond the tokens is padding
-            width = max(4, power_of_two(width)) if narrow else coarse(width)
+        elif narrow:
+            width = max(4, power_of_two(width))
+            every, own, in_order = self._in_place(slots)
+        else:
+            width = coarse(width)
             every = [*slots, *[self._room] * (few - len(slots))]
             own, in_order = range(len(slots)), False
-            if narrow:
-                every, own, in_order = self._in_place(slots)
         rows = len(every)
         num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
         num_keys = self._reserve(num_keys)
