@@ -269,7 +269,9 @@ def embedded(
     def asks_at(batch: int) -> AbstractContextManager[dict[str, Ask]]:
         options["controller"]["controller"] = WarmedUp(controller, every)
         graphed = config.device == "cuda"
-        warm = partial(meet_shapes, prompts, config.params) if graphed else lambda *_: None
+        enough = min(config.new_tokens, 6 * (most + 2))  # for several steps of every number
+        params = replace(config.params, max_new_tokens=enough)
+        warm = partial(meet_shapes, prompts, params) if graphed else lambda *_: None
         return engines(model, options, batch=batch, at_once=config.waves * batch, warm=warm)
 
     for rows in measured(config, asks_at, prompts):
