@@ -22,6 +22,8 @@ RATIO_ROWS = 50.0
 TRIAL = 4.0
 """What a trial is taken to cost, in terms of what such a step costs more than a plain one: before
 it, the draft has to be told of all the tokens of the plain steps."""
+PATIENCE = 8.0
+"""How many times as rare trials become, doubling, while they show nothing new."""
 
 
 class DraftController:
@@ -36,7 +38,8 @@ class DraftController:
     predicted to gain next to nothing may lose. While it is 0, single draft tokens are tried now and
     then to see whether the draft has recovered; they may cost at most `exploration` of the time
     even if each is refused, what the draft has to be told before counted in, and are the only steps
-    that may be predicted to lose.
+    that may be predicted to lose. Each that shows nothing new doubles the time to the next, up to
+    eightfold.
 
     Whether the draft should learn is told by slower rates: the draft tokens that are kept a step,
     over the positions that were measured, against those of the best rates so far.
@@ -113,6 +116,7 @@ class DraftController:
         then towards 1."""
         self._current = 0
         self._credit = 0.0
+        self._patience = 1.0
         self._predicted: dict[int, tuple[tuple[float, ...], float, float]] = {}
         self._predicted_by = cost
 
@@ -135,12 +139,16 @@ class DraftController:
         """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`."""
         speedups, decode, at_worst = self._predictions(batch)
         self._current = _decide(speedups, self._current, self._margin)
+        if self._current:
+            self._patience = 1.0
         if self._current or not self._exploration:
             return self._current
         self._credit += self._exploration * decode
-        if self._credit < at_worst:
+        price = self._patience * at_worst
+        if self._credit < price:
             return 0
-        self._credit -= at_worst
+        self._credit -= price
+        self._patience = min(2 * self._patience, PATIENCE)
         return 1
 
     def _predictions(self, batch: int) -> tuple[tuple[float, ...], float, float]:
@@ -161,6 +169,9 @@ class DraftController:
         """What a step, or several, kept; plain steps change nothing."""
         if not stats.judged:
             return
+        believed, judged = self.acceptance[0], stats.judged[0]
+        if stats.accepted[0] > judged * believed + 2 * (judged * believed * (1 - believed)) ** 0.5:
+            self._patience = 1.0
         self._recent.add(stats)
         fading, recent = self._slow.fading(stats), self._recent
         for k in range(1, self.max_steps):
@@ -210,6 +221,7 @@ class DraftController:
             "ratios": list(self._ratios),
             "current": self._current,
             "credit": self._credit,
+            "patience": self._patience,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,7 +232,8 @@ class DraftController:
         """
         lists = [state.get(k, {}) for k in ("recent", "slow")]
         complete = all("rows" in part for part in lists)
-        ratios = state.get("ratios", [1.0] * self.max_steps)  # older states have none
+        # Older states have neither.
+        ratios, patience = state.get("ratios", [1.0] * self.max_steps), state.get("patience", 1.0)
         lists = [part.get(k, []) for part in lists for k in ("judged", "accepted")]
         if (
             not complete
@@ -236,6 +249,7 @@ class DraftController:
         self._slow.load(state["slow"])
         self._best, self._ratios = list(state["best"]), list(ratios)
         self._current, self._credit = int(state["current"]), float(state["credit"])
+        self._patience = float(patience)
 
 
 class _Rates:

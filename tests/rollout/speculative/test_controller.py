@@ -266,7 +266,8 @@ def test_what_is_not_tried_while_the_draft_rests_stays_as_far_below_as_it_was():
         controller.observe(AcceptanceStats.count(accepted=[0], proposed=[3]))  # tells nothing
         wanted = [now, now * 0.6, now * 0.4]
         assert controller.acceptance == pytest.approx(wanted, abs=0.04)
-    older = {key: value for key, value in controller.state_dict().items() if key != "ratios"}
+    newer = ("ratios", "patience")
+    older = {key: value for key, value in controller.state_dict().items() if key not in newer}
     controller.load_state_dict(older)
     assert controller.acceptance == pytest.approx([now] * 3, abs=0.04)
 
@@ -305,6 +306,25 @@ def test_trials_of_a_useless_draft_cost_what_was_allowed(batch):
     lost = trials * (COST.t_step(batch, 1) - COST.t_decode(batch))
     assert lost <= 0.0101 * len(off) * COST.t_decode(batch)
     assert speedup > 0.98
+
+
+def test_trials_become_rarer_until_one_shows_something_new():
+    rng = random.Random(0)
+    controller = DraftController(COST, max_steps=3)
+
+    def gaps(rates, steps):
+        tried = []
+        for step in range(steps):
+            if chosen := controller.choose(8):
+                tried.append(step)
+            controller.observe(kept(rng, rates, 8, chosen))
+        return [b - a for a, b in itertools.pairwise(tried)]
+
+    rarer = [gap for gap in gaps([0.0] * 3, 30_000) if gap > 1]
+    usual = min(rarer)
+    assert rarer[-1] > 7 * usual and min(rarer[4:]) > 7 * usual
+    again = gaps([0.9] * 3, 10 * rarer[-1])
+    assert again[0] < 1.1 * usual and again[-1] == 1  # noticed, and taken up in the end
 
 
 def test_costs_may_be_replaced_while_it_runs():
