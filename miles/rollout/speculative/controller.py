@@ -39,7 +39,7 @@ class DraftController:
     then to see whether the draft has recovered; they may cost at most `exploration` of the time
     even if each is refused, what the draft has to be told before counted in, and are the only steps
     that may be predicted to lose. Each that shows nothing new doubles the time to the next, up to
-    eightfold.
+    eightfold; once one keeps far more than was believed, what was believed counts half.
 
     Whether the draft should learn is told by slower rates: the draft tokens that are kept a step,
     over the positions that were measured, against those of the best rates so far.
@@ -80,7 +80,7 @@ class DraftController:
         max_steps: int,
         margin: float = 0.05,
         exploration: float = 0.01,
-        halflife: float = 500.0,
+        halflife: float = 2000.0,
         initial_acceptance: float = 0.7,
         train_share: float = 0.1,
         train_halflife: float = 4000.0,
@@ -172,6 +172,8 @@ class DraftController:
         believed, judged = self.acceptance[0], stats.judged[0]
         if stats.accepted[0] > judged * believed + 2 * (judged * believed * (1 - believed)) ** 0.5:
             self._patience = 1.0
+            if not self._current:  # a trial: the draft is no longer what it was
+                self._recent.fade(0.5)
         self._recent.add(stats)
         fading, recent = self._slow.fading(stats), self._recent
         for k in range(1, self.max_steps):
@@ -281,11 +283,17 @@ class _Rates:
                 f"{len(self.judged)}"
             )
         # Every position fades with the rows of the first: what is no longer tried is forgotten.
-        fading = self.fading(stats)
-        self.rows = self.rows * fading + stats.num_verify_steps
+        self.fade(self.fading(stats))
+        self.rows += stats.num_verify_steps
         for counts, new in ((self.judged, stats.judged), (self.accepted, stats.accepted)):
-            for k, count in enumerate(counts):
-                counts[k] = count * fading + (new[k] if k < len(new) else 0)
+            for k, count in enumerate(new):
+                counts[k] += count
+
+    def fade(self, share: float) -> None:
+        """Keep so much of what was counted."""
+        self.rows *= share
+        for counts in (self.judged, self.accepted):
+            counts[:] = [share * count for count in counts]
 
     def measured(self, min_rows: float) -> list[float]:
         """Rates of the first positions, as far as they are known."""

@@ -327,6 +327,20 @@ def test_trials_become_rarer_until_one_shows_something_new():
     assert again[0] < 1.1 * usual and again[-1] == 1  # noticed, and taken up in the end
 
 
+def test_what_was_believed_counts_half_once_a_trial_shows_something_new():
+    beliefs = []
+    for rate in (0.25, 0.9):  # of trials, as before and better
+        controller = DraftController(COST, max_steps=3, halflife=10**9)
+        controller.observe(AcceptanceStats.count(accepted=[0] * 750 + [1] * 250,
+                                                 proposed=[1] * 1000))  # fmt: skip
+        assert controller.choose(512) == 0
+        controller.observe(AcceptanceStats.count(accepted=[1] * int(100 * rate)
+                                                 + [0] * int(100 - 100 * rate),
+                                                 proposed=[1] * 100))  # fmt: skip
+        beliefs.append(controller.acceptance[0])
+    assert beliefs == pytest.approx([275 / 1100, (125 + 90) / (500 + 100)], abs=0.01)
+
+
 def test_costs_may_be_replaced_while_it_runs():
     controller = DraftController(COST, max_steps=3, exploration=0.0)
     assert controller.choose(4) > 0
