@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "GRAPH_TOKENS", "Outputs", "StepGraphs", "coarse", "each", "graphs_run_on", "power_of_two",
+    "round_up",
 ]  # fmt: skip
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -76,6 +77,11 @@ def graphs_run_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def round_up(value: int, tile: int) -> int:
+    """The least multiple of `tile` that is no less."""
+    return -(-value // tile) * tile
+
+
 def power_of_two(value: int) -> int:
     """The least one that is no less."""
     return 1 << (value - 1).bit_length()
@@ -83,8 +89,7 @@ def power_of_two(value: int) -> int:
 
 def coarse(length: int) -> int:
     """One of few lengths that is no less: of multiples of 32, two from a power to the next."""
-    tile = max(32, power_of_two(length) // 4)
-    return -(-length // tile) * tile
+    return round_up(length, max(32, power_of_two(length) // 4))
 
 
 def each(do: Callable[[Tensor], Tensor], outputs: Outputs) -> Outputs:

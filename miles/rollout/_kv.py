@@ -31,8 +31,9 @@ from miles.rollout._graph import (
     each,
     graphs_run_on,
     power_of_two,
+    round_up,
 )
-from miles.rollout._slot_layer import KEY_TILE, SlotLayer, round_up
+from miles.rollout._slot_layer import KEY_TILE, SlotLayer
 
 __all__ = ["KVMemory", "RequestMemory", "SlotMemory", "mixes_rows", "supports_slots"]
 

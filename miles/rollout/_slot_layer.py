@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-__all__ = ["KEY_TILE", "SlotLayer", "round_up"]
+from miles.rollout._graph import round_up
+
+__all__ = ["KEY_TILE", "SlotLayer"]
 
 KEY_TILE = 64
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed for us
     """The rectangle of one attention layer; told before each forward pass where to write."""
 
     is_sliding = False
@@ -104,8 +106,3 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """The engine's context."""
         return self.max_context
-
-
-def round_up(value: int, tile: int) -> int:
-    """The least multiple of `tile` that is no less."""
-    return -(-value // tile) * tile

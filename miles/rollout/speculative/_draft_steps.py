@@ -21,6 +21,7 @@ from miles.rollout._graph import (
     coarse,
     graphs_run_on,
     power_of_two,
+    round_up,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class DraftSteps:
         self._graphed = cuda_graphs and graphs_run_on(self._device)
         self._row_tile = GRAPH_ROW_TILE if self._graphed else 1
         self._key_tile = GRAPH_KEY_TILE if self._graphed else KEY_TILE
-        self._room = _round_up(num_slots, self._row_tile)
+        self._room = round_up(num_slots, self._row_tile)
         # One more slot, for padding where the slots are not in order.
         self._keys = [draft.slot_keys(self._room + 1, max_context) for _ in range(draft.depths)]
         # Of each module, its state at its last settled row; the next module reads it one row later.
@@ -182,12 +183,12 @@ class DraftSteps:
 
     def _in_place(self, slots: Sequence[int]) -> Rows:
         """All slots from the first on, up to a tile: one shape for any order of those asked."""
-        every = list(range(_round_up(max(slots) + 1, self._row_tile)))
+        every = list(range(round_up(max(slots) + 1, self._row_tile)))
         return every, slots, True
 
     def _reserve(self, num_keys: int) -> int:
         """Room for so many keys, in whole tiles."""
-        num_keys = min(_round_up(num_keys, self._key_tile), self._max_context)
+        num_keys = min(round_up(num_keys, self._key_tile), self._max_context)
         moved = [keys.reserve(num_keys) for keys in self._keys]
         if self._graphed:
             draft = self._draft
@@ -345,7 +346,3 @@ def _spread(
     given_TF = torch.cat([given.to(held_TF.device, held_TF.dtype) for given in features])
     held_TF.zero_().index_copy_(0, upload(torch.tensor(places)), given_TF)
     return held_TF.view(-1, width, held_TF.shape[1])
-
-
-def _round_up(value: int, tile: int) -> int:
-    return -(-value // tile) * tile
