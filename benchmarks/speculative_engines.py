@@ -33,7 +33,7 @@ class InTurn:
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers, self.max_steps = itertools.cycle(numbers), max(numbers)
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
         return next(self._numbers)
 
     def observe(self, stats: Any) -> None:
@@ -47,8 +47,8 @@ class WarmedUp:
         self.max_steps, self._controller = max(numbers), controller
         self.current: Any = InTurn(numbers)
 
-    def choose(self, batch: int) -> int:
-        return int(self.current.choose(batch))
+    def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
+        return int(self.current.choose(batch, remaining))
 
     def observe(self, stats: Any) -> None:
         self.current.observe(stats)

@@ -243,7 +243,7 @@ def test_no_step_of_a_turn_has_a_new_shape(monkeypatch, benchmark, policy, tmp_p
     chosen = []
 
     class Plain:
-        def choose(self, batch):
+        def choose(self, batch, remaining=None):
             return 0
 
         def observe(self, stats):

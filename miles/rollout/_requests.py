@@ -83,6 +83,11 @@ class Request:
         elif self.future.cancelled():
             self.ending = (Status.ABORTED, "cancelled")
 
+    def remaining(self, max_context: int) -> int:
+        """The tokens that it gets unless it stops before."""
+        room = max_context - len(self.sample.tokens)
+        return min(self.params.max_new_tokens - self.num_generated, room)
+
     def fail(self, error: Exception) -> None:
         """End with this error."""
         self.error = error

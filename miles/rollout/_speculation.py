@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles.errors import EngineError, SettingError, ShapeError
+from miles.errors import EngineError, SettingError
 from miles.rollout._features import UntoldFeatures
+from miles.rollout._occupancy import Occupancy
+from miles.rollout._proposals import check_shapes, spread
 from miles.rollout._requests import Request
 from miles.rollout._routing import StepRouting
 from miles.rollout._sampling import uniforms
@@ -44,8 +46,12 @@ ones are gone, it begins anew after the gap."""
 class StepController(Protocol):
     """What says how many tokens the draft proposes; `DraftController` does."""
 
-    def choose(self, batch: int) -> int:
-        """Draft tokens of a step of so many requests; 0: a step without the draft."""
+    def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
+        """Draft tokens of a step of so many requests; 0: a step without the draft.
+
+        `remaining` are the tokens that each is to get, where no others take the place of those that
+        end and most run into their length.
+        """
         ...
 
     def observe(self, stats: AcceptanceStats) -> None:
@@ -98,6 +104,7 @@ class Speculation:
         self._memory, self._routing, self._controller = memory, routing, controller
         self._draft = draft.memory(num_slots=num_slots, max_context=max_context)
         self._states: dict[Request, _State] = {}
+        self._occupancy = Occupancy()
         self._company: Sequence[Request] = ()
         self._rows: dict[_State, tuple[int, int]] = {}
         """Owners of the last plain step, which was `_company`'s."""
@@ -132,6 +139,7 @@ class Speculation:
 
     def begin(self, groups: Sequence[Sequence[Request]]) -> None:
         """After a prefill, of which each group shares a row, and the first tokens."""
+        self._occupancy.came()
         owners = {}
         for row, group in enumerate(groups):
             for request in group:
@@ -148,11 +156,12 @@ class Speculation:
             return own
         return [request.draws[request.num_generated] for request in requests]
 
-    def step(self, requests: Sequence[Request], weight_version: int) -> bool:
+    def step(self, requests: Sequence[Request], weight_version: int, *, waiting: bool) -> bool:
         """One pass of the target over proposals, and the tokens that come of it, one to W for each
-        request. False: there are none, so the engine takes a plain step, and calls `decoded`."""
+        request. False: there are none, so the engine takes a plain step, and calls `decoded`.
+        `waiting`: more requests than the engine has room for."""
         self._begun = perf_counter()
-        chosen = self._choose(len(requests))
+        chosen = self._choose(requests, waiting)
         lengths = self._lengths(requests, chosen)
         if not any(lengths):
             return False
@@ -211,6 +220,7 @@ class Speculation:
         if state is None:  # it was never prefilled
             return
         self._company = ()
+        self._occupancy.left(request, company=bool(self._states))
         counts = request.speculative
         assert counts is not None
         # What no verify pass gave came of plain steps, of which nothing was written down.
@@ -223,11 +233,12 @@ class Speculation:
             with self._draft_of([request], "free"):
                 self._draft.free(request.slot)
 
-    def _choose(self, batch: int) -> int:
+    def _choose(self, requests: Sequence[Request], waiting: bool) -> int:
         """The number of draft tokens of this step."""
         if self._controller is None:
             return self._max_steps
-        chosen = self._controller.choose(batch)
+        remaining = self._occupancy.remaining(requests, self._max_context, waiting=waiting)
+        chosen = self._controller.choose(len(requests), remaining)
         if not 0 <= chosen <= self._max_steps:
             raise SettingError(
                 f"the controller chose {chosen} draft steps; expected 0 to {self._max_steps}, "
@@ -299,14 +310,14 @@ class Speculation:
                 temperatures=[request.params.temperature for request in ours],
                 uniforms_RK=draws_RK if len(ours) == len(requests) else draws_RK[asked],
             )
-            _check_shapes(proposal, (len(asked), num_steps, self._vocab_size))
+            check_shapes(proposal, (len(asked), num_steps, self._vocab_size))
             if proposal.lengths is not None:
                 for row, length in zip(asked, proposal.lengths, strict=True):
                     lengths[row] = min(lengths[row], length)
             if (now := self._salt) != salt:  # it may have read what was remembered meanwhile
                 inputs = self._inputs(requests, now)
             width = num_steps if self._memory.graphed else max(lengths)
-            proposal = _spread(proposal, asked, lengths, width, self._memory.device)
+            proposal = spread(proposal, asked, lengths, width, self._memory.device)
         if proposal is None or any(request.ended for request in ours):
             return None
         return proposal, inputs, usual
@@ -452,47 +463,3 @@ class Speculation:
                     request.fail(
                         EngineError(f"the draft ({self._name}) failed to {what}:\n{failure}")
                     )
-
-
-def _check_shapes(proposal: Proposal, expected: tuple[int, int, int]) -> None:
-    got = proposal.tokens_RK
-    if got.shape != expected[:2] or got.dtype != torch.int64:
-        raise ShapeError(
-            f"tokens_RK is {got.dtype} of shape {tuple(got.shape)}; expected int64 of shape "
-            f"{expected[:2]}"
-        )
-    lengths = proposal.lengths
-    if lengths is not None and (
-        len(lengths) != expected[0] or not all(0 <= length <= expected[1] for length in lengths)
-    ):
-        raise ShapeError(
-            f"lengths are {lengths}; expected {expected[0]} numbers of 0 to {expected[1]}"
-        )
-    probs = proposal.probs_RKV
-    if probs is not None and (
-        probs.shape != expected or probs.dtype not in (torch.float32, torch.float64)
-    ):
-        raise ShapeError(
-            f"probs_RKV is {probs.dtype} of shape {tuple(probs.shape)}; expected float32 or "
-            f"float64 of shape {expected}, over the target's vocabulary"
-        )
-
-
-def _spread(
-    proposal: Proposal, rows: list[int], lengths: list[int], width: int, device: torch.device
-) -> Proposal | None:
-    """The first `width` on the target's device, among rows that propose nothing; None if no row
-    does."""
-    num_rows = len(lengths)
-    if not any(lengths):
-        return None
-    tokens_RK, probs_RKV = proposal.tokens_RK[:, :width].to(device), proposal.probs_RKV
-    probs_RKV = None if probs_RKV is None else probs_RKV[:, :width].to(device)
-    if len(rows) < num_rows:
-        index = torch.tensor(rows, device=device)
-        all_RK = tokens_RK.new_zeros((num_rows, width))
-        tokens_RK = all_RK.index_copy_(0, index, tokens_RK)
-        if probs_RKV is not None:
-            all_RKV = probs_RKV.new_zeros((num_rows, *probs_RKV.shape[1:]))
-            probs_RKV = all_RKV.index_copy_(0, index, probs_RKV)
-    return Proposal(tokens_RK=tokens_RK, probs_RKV=probs_RKV, lengths=tuple(lengths))

@@ -398,7 +398,7 @@ class HFEngine:
             return
         self._compact()
         if self._speculation is not None:
-            if self._speculation.step(running, self._version):
+            if self._speculation.step(running, self._version, waiting=bool(self._queue)):
                 return
             running = [r for r in running if not r.ended]  # a draft may fail
             if not running:

@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ class Steps:
     def __init__(self, *numbers: int) -> None:
         self.numbers, self.batches, self.seen = itertools.cycle(numbers), [], []
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
         self.batches.append(batch)
         return next(self.numbers)
 

@@ -25,6 +25,9 @@ it, the draft has to be told of all the tokens of the plain steps."""
 PATIENCE = 8.0
 """How many times as rare trials become, doubling, while they show nothing new."""
 
+REMAINING_TILE = 8
+"""Predictions are made anew when rows have come nearer to their end by so many tokens."""
+
 
 class DraftController:
     """Chooses the number of draft tokens of each step from what was accepted and what steps cost.
@@ -117,7 +120,7 @@ class DraftController:
         self._current = 0
         self._credit = 0.0
         self._patience = 1.0
-        self._predicted: dict[int, tuple[tuple[float, ...], float, float]] = {}
+        self._predicted: dict[tuple[int, int], tuple[tuple[float, ...], float, float]] = {}
         self._predicted_by = cost
 
     @property
@@ -130,14 +133,27 @@ class DraftController:
             rates.append(believed)
         return tuple(rates)
 
-    def speedups(self, batch: int) -> tuple[float, ...]:
-        """`[K + 1]`: predicted tokens a second for 0 to K draft tokens, against plain decoding."""
-        first, *others = self.acceptance  # a row without a proposal gives one token
-        return _speedups(self.cost, batch, [first * self._recent.coverage, *others])
+    def speedups(self, batch: int, remaining: Sequence[int] | None = None) -> tuple[float, ...]:
+        """`[K + 1]`: predicted tokens a second for 0 to K draft tokens, against plain decoding.
 
-    def choose(self, batch: int) -> int:
-        """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`."""
-        speedups, decode, at_worst = self._predictions(batch)
+        With `remaining`, as in `choose`, by `CostModel.speedup_until_done`.
+        """
+        first, *others = self.acceptance  # a row without a proposal gives one token
+        rates = [first * self._recent.coverage, *others]
+        if remaining is None:
+            return _speedups(self.cost, batch, rates)
+        numbers = range(self.max_steps + 1)
+        return tuple(self.cost.speedup_until_done(remaining, rates[:k]) for k in numbers)
+
+    def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
+        """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`.
+
+        Args:
+            batch: rows.
+            remaining: `[batch]`, the tokens that each row is still to get, where no others take the
+                place of rows that end: what counts then is the time until the last one has them.
+        """
+        speedups, decode, at_worst = self._predictions(batch, remaining)
         self._current = _decide(speedups, self._current, self._margin)
         if self._current:
             self._patience = 1.0
@@ -151,18 +167,21 @@ class DraftController:
         self._patience = min(2 * self._patience, PATIENCE)
         return 1
 
-    def _predictions(self, batch: int) -> tuple[tuple[float, ...], float, float]:
+    def _predictions(
+        self, batch: int, remaining: Sequence[int] | None
+    ) -> tuple[tuple[float, ...], float, float]:
         """Speedups, seconds of a plain step, and of a trial at worst: kept until something is
         learnt, since most steps of a resting draft are at the same batch."""
         if self._predicted_by is not self.cost:
             self._predicted_by = self.cost
             self._predicted = {}
         kept = self._predicted  # what is learnt meanwhile, in another thread, begins another
-        found = kept.get(batch)
+        key = batch, -1 if remaining is None else max(remaining) // REMAINING_TILE
+        found = kept.get(key)
         if found is None:
             decode = self.cost.t_decode(batch)
             at_worst = TRIAL * (self.cost.t_step(batch, 1) - decode)
-            found = kept[batch] = self.speedups(batch), decode, at_worst
+            found = kept[key] = self.speedups(batch, remaining), decode, at_worst
         return found
 
     def observe(self, stats: AcceptanceStats) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -26,6 +27,11 @@ KNEES = 8
 MAD = 1.4826  # of a normal distribution, its deviation over the median of absolute errors
 NO_OUTLIER = 5e-3
 """Relative error up to which no sample is far off, however well others are explained."""
+ROW_SPREAD = 0.06
+"""Standard deviation, from row to row, of the share that is kept at a position: some texts are
+easier to guess."""
+LAST = 7 / 8
+"""Rows that still get so much of what the longest does may be last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +113,20 @@ class CostModel:
                 "pass that takes time"
             )
 
-    def t_decode(self, batch: int) -> float:
-        """Seconds of a plain step."""
+    def t_decode(self, batch: float) -> float:
+        """Seconds of a plain step; of several, with their mean number of rows."""
         return self._pass(batch, 1)
 
-    def t_verify(self, batch: int, tokens: int) -> float:
+    def t_verify(self, batch: float, tokens: int) -> float:
         """Seconds of a pass over `tokens` = K + 1 tokens a row."""
         extra = self.per_verify + self.per_verify_row * batch if tokens > 1 else 0.0
         return self._pass(batch, tokens) + extra
 
-    def t_draft(self, batch: int) -> float:
+    def t_draft(self, batch: float) -> float:
         """Seconds of one step of the draft."""
         return self.draft_floor + self.draft_per_row * batch
 
-    def t_step(self, batch: int, num_steps: int) -> float:
+    def t_step(self, batch: float, num_steps: int) -> float:
         """Seconds of a step with `num_steps` draft tokens, the draft's part too."""
         drafting = num_steps * self.t_draft(batch)
         if num_steps:
@@ -137,6 +143,38 @@ class CostModel:
         """
         time = self.t_step(batch, len(acceptance))
         return expected_tokens(acceptance) * self.t_decode(batch) / time
+
+    def speedup_until_done(self, remaining: Sequence[int], acceptance: Sequence[float]) -> float:
+        """The time until the last row has its tokens, without a draft over that with one.
+
+        Where no other row takes the place of one that ends, early ends save little, and the last
+        row decides. Without a draft rows get on at the same pace; with one some are ahead: by luck,
+        which evens out over many steps, and because some texts are easier to guess than others,
+        which does not. So this is below `speedup`, the more the shorter and the more alike the
+        answers are.
+
+        Args:
+            remaining: `[B]`, the tokens that each row is still to get, 1 or more.
+            acceptance: as for `speedup`.
+
+        Raises:
+            EmptyBatchError: no row.
+
+        Example:
+            >>> from miles.rollout.speculative import CostModel
+            >>> cost = CostModel(floor=10e-3, draft_floor=1e-3)
+            >>> round(cost.speedup(32, [0.6, 0.6]), 2)
+            1.63
+            >>> [round(cost.speedup_until_done([n] * 32, [0.6, 0.6]), 2) for n in (32, 128, 1024)]
+            [1.24, 1.35, 1.4]
+        """
+        if not remaining:
+            raise EmptyBatchError("no row is left; expected the tokens that each is still to get")
+        longest, total = max(remaining), sum(remaining)
+        mean = expected_tokens(acceptance)
+        steps = _steps_of_last(remaining, acceptance)
+        plain = longest * self.t_decode(max(1.0, total / longest))
+        return plain / (steps * self.t_step(max(1.0, total / mean / steps), len(acceptance)))
 
     @classmethod
     def fit(cls, samples: Sequence[CostSample]) -> CostModel:
@@ -199,7 +237,7 @@ class CostModel:
             per_draft=per_draft, per_draft_row=per_draft_row,
         )  # fmt: skip
 
-    def _pass(self, batch: int, tokens: int) -> float:
+    def _pass(self, batch: float, tokens: int) -> float:
         if batch < 1 or tokens < 1:
             raise SettingError(
                 f"a pass over {batch} rows of {tokens} tokens; expected 1 or more of each"
@@ -226,6 +264,30 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
         kept *= rate
         total += kept
     return total
+
+
+def _steps_of_last(remaining: Sequence[int], acceptance: Sequence[float]) -> float:
+    """How many steps pass until the last row has its tokens.
+
+    After n steps the tokens of a row are taken for normal, with mean `m n` and variance
+    `v n + (s n)^2`: `v` of a step by chance, `s` from row to row. Of the rows that may be last, the
+    one behind all others is as far off as the least of so many normal numbers is on average (Blom).
+    """
+    longest, mean = max(remaining), expected_tokens(acceptance)
+    kept, slope, slopes, squares = 1.0, 0.0, 0.0, 0.0
+    for k, rate in enumerate(acceptance):
+        kept, slope = kept * rate, slope * rate + kept
+        squares += (2 * k + 1) * kept
+        slopes += slope
+    variance = squares - (mean - 1) ** 2
+    apart = min(ROW_SPREAD * slopes, mean / 5)  # of long drafts it is no longer linear
+    rows = sum(left >= LAST * longest for left in remaining)
+    square = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25)) ** 2
+    # (m n - r)^2 = z^2 (v n + (s n)^2), the larger n.
+    a = mean**2 - square * apart**2
+    b = mean * longest + square * variance / 2
+    steps = (b + math.sqrt(max(0.0, b * b - a * longest**2))) / a
+    return min(steps, longest)  # each step gives a token
 
 
 def _robust(
