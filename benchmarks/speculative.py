@@ -10,9 +10,10 @@ draft learns the policy's answers here, from scratch, for `--train-seconds`. Pro
 `examples/speculative_smollm2.py`, or random tokens for a policy without a tokenizer.
 
 A turn is `waves` times `batch` requests, of which never more than `batch` are on their way: as one
-answer comes, the next request goes out. So the batch is full until the last wave, as in a rollout;
-with `--waves 1` all go out at once, and rows that a draft ends early leave the batch to shrink. A
-turn ends when the last answer is there, at temperature 1; prefill counts.
+answer comes, the next request goes out (`HFEngine` has them in its queue from the beginning). So
+the batch is full until the last wave, as in a rollout; with `--waves 1` all go out at once, and
+rows that a draft ends early leave the batch to shrink. A turn ends when the last answer is there,
+at temperature 1; prefill counts.
 
 Without `--until-end` every answer has the length that it is to have, whatever ends in it, so that
 the work is the same for all: `--new-tokens` in one wave, and in several an even spread from
@@ -272,7 +273,7 @@ def embedded(
         enough = min(config.new_tokens, 6 * (most + 2))  # for several steps of every number
         params = replace(config.params, max_new_tokens=enough)
         warm = partial(meet_shapes, prompts, params) if graphed else lambda *_: None
-        return engines(model, options, batch=batch, at_once=config.waves * batch, warm=warm)
+        return engines(model, options, batch=batch, warm=warm)
 
     for rows in measured(config, asks_at, prompts):
         yield [{"engine": "HFEngine"} | row for row in rows]

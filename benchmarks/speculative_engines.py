@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import itertools
@@ -64,7 +65,6 @@ def engines(
     options: Mapping[str, Mapping[str, Any]],
     *,
     batch: int,
-    at_once: int,
     warm: Callable[[HFEngine, int], None],
 ) -> Iterator[dict[str, Ask]]:
     """An engine for each variant, with room for `batch` requests; others wait in it.
@@ -73,7 +73,7 @@ def engines(
     """
     made = [HFEngine(model, max_batch=batch, **more) for more in options.values()]
     pairs = zip(options, made, strict=True)
-    asks = {name: partial(answers, engine, at_once) for name, engine in pairs}
+    asks = {name: partial(answers_together, engine) for name, engine in pairs}
     try:
         for index in range(len(made)):  # no name here holds an engine
             warm(made[index], batch)
@@ -106,8 +106,16 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def answers_together(engine: HFEngine, asked: Sequence[Asked]) -> list[Sample]:
+    """Of requests that are all there before the first step: the engine has room, or a queue."""
+    asyncio.run(engine.pause())
+    futures = [engine.submit(prompt, params) for prompt, params in asked]
+    asyncio.run(engine.resume())
+    return [future.result() for future in futures]
+
+
 def answers(engine: Any, at_once: int, asked: Sequence[Asked]) -> list[Sample]:
-    """Of an engine of ours that never has more than `at_once` requests to answer."""
+    """Of an engine that never has more than `at_once` requests to answer."""
     room, futures = threading.Semaphore(at_once), []
     for prompt, params in asked:
         room.acquire()

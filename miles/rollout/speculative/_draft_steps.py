@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from miles.rollout._graph import (
-    GRAPH_TOKENS,
     Outputs,
     StepGraphs,
     coarse,
@@ -39,6 +38,9 @@ GRAPH_ROW_TILE = 16
 """As of the engine's steps: each shape is captured, at its second time."""
 GRAPH_WIDTH = 16
 """Rows of a slot that a step of the target settles at most; prompts have more."""
+SETTLE_TOKENS = 2048
+"""Most tokens of a pass, padding included. More are settled in pieces, so that few shapes do: at a
+new one it may take 50 ms until attention has its kernel."""
 
 
 class DraftSteps:
@@ -68,7 +70,7 @@ class DraftSteps:
         width = GRAPH_WIDTH if self._graphed else 0
         empty = partial(torch.zeros, device=self._device)
         # What graphs read lies where it lay when they were captured.
-        most = max(self._room * width, GRAPH_TOKENS if width else 0)
+        most = max(self._room * width, SETTLE_TOKENS if width else 0)
         self._numbers = empty(self._room * 3 + most, dtype=torch.int64)
         self._features = empty((most, draft.num_features), dtype=draft.dtype)
         self._uniforms = empty(self._room * width, dtype=torch.float64)
@@ -97,13 +99,15 @@ class DraftSteps:
         features: Sequence[Tensor] | None,
     ) -> None:
         """Process rows from the next place of each slot on; `places` are those of every slot."""
-        width = max(map(len, tokens))
-        narrow, few = width <= GRAPH_WIDTH, power_of_two(len(slots))
-        graphed = self._graphed and (narrow or few * coarse(width) <= GRAPH_TOKENS)
+        width, few = max(map(len, tokens)), power_of_two(len(slots))
+        piece = max(GRAPH_WIDTH, SETTLE_TOKENS // few)
+        if self._graphed and width > piece:
+            self._settle_pieces(slots, list(places), tokens, features, piece)
+            return
         # As graphs few shapes: what is beyond the tokens is padding.
-        if not graphed:
+        if not self._graphed:
             every, own, in_order = _side_by_side(slots)
-        elif narrow:
+        elif width <= GRAPH_WIDTH:
             width = max(4, power_of_two(width))
             every, own, in_order = self._in_place(slots)
         else:
@@ -111,8 +115,7 @@ class DraftSteps:
             every = [*slots, *[self._room] * (few - len(slots))]
             own, in_order = range(len(slots)), False
         rows = len(every)
-        num_keys = max(places[s] + len(new) for s, new in zip(slots, tokens, strict=True))
-        num_keys = self._reserve(num_keys)
+        num_keys = self._reserve(_end(slots, places, tokens))
         of_rows: list[Sequence[int]] = [()] * rows
         for row, new in zip(own, tokens, strict=True):
             of_rows[row] = new
@@ -125,7 +128,7 @@ class DraftSteps:
                 *zip(*filled, strict=True),
             ]
         )
-        if not graphed:
+        if not self._graphed:
             features_RMF = None
             if features is not None:
                 held = self._features.new_empty((rows * width, self._draft.num_features))
@@ -136,6 +139,27 @@ class DraftSteps:
             _spread(features, own, self._features[: rows * width], width, self._upload)
         self._upload(numbers.flatten(), self._numbers)
         self._step("settle", in_order, features is not None)(rows, num_keys, width)
+
+    def _settle_pieces(
+        self,
+        slots: Sequence[int],
+        places: list[int],
+        tokens: Sequence[Sequence[int]],
+        features: Sequence[Tensor] | None,
+        piece: int,
+    ) -> None:
+        """`settle`, so many tokens of each at a time."""
+        self._reserve(_end(slots, places, tokens))  # at once, since graphs don't survive a move
+        for first in range(0, max(map(len, tokens)), piece):
+            rows = [row for row, new in enumerate(tokens) if len(new) > first]
+            own = [slots[row] for row in rows]
+            new = [tokens[row][first : first + piece] for row in rows]
+            given = None
+            if features is not None:
+                given = [features[row][first : first + piece] for row in rows]
+            self.settle(own, places, new, given)
+            for slot, settled in zip(own, new, strict=True):
+                places[slot] += len(settled)
 
     def propose(
         self,
@@ -324,6 +348,11 @@ def _draw(
     )
     drawn_R = torch.searchsorted(cdf_RV, at_R1, right=True)[:, 0]
     return drawn_R.clamp(max=probs_RV.shape[1] - 1), probs_RV
+
+
+def _end(slots: Sequence[int], places: Sequence[int], tokens: Sequence[Sequence[int]]) -> int:
+    """The place after the last of these."""
+    return max(places[slot] + len(new) for slot, new in zip(slots, tokens, strict=True))
 
 
 def _side_by_side(slots: Sequence[int]) -> Rows:
