@@ -39,8 +39,8 @@ GRAPH_ROW_TILE = 16
 GRAPH_WIDTH = 16
 """Rows of a slot that a step of the target settles at most; prompts have more."""
 SETTLE_TOKENS = 2048
-"""Most tokens of a pass, padding included. More are settled in pieces, so that few shapes do: at a
-new one it may take 50 ms until attention has its kernel."""
+"""Most tokens of a pass, padding included. More are settled in pieces, so that few shapes do: for a
+new one attention's kernel may be made first (cuDNN), which takes longer than the pass."""
 
 
 class DraftSteps:
