@@ -109,8 +109,10 @@ def release() -> None:
 def answers_together(engine: HFEngine, asked: Sequence[Asked]) -> list[Sample]:
     """Of requests that are all there before the first step: the engine has room, or a queue."""
     asyncio.run(engine.pause())
-    futures = [engine.submit(prompt, params) for prompt, params in asked]
-    asyncio.run(engine.resume())
+    try:
+        futures = [engine.submit(prompt, params) for prompt, params in asked]
+    finally:
+        asyncio.run(engine.resume())
     return [future.result() for future in futures]
 
 

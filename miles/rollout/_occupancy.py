@@ -26,7 +26,7 @@ class Occupancy:
     def __init__(self) -> None:
         self._refilled = False
         self._vacant = 0
-        """Steps since a place was left that is empty still, from 1 on; 0: there is none."""
+        """Steps since requests left and none has come, from 1 on; 0: some have, or none left."""
         self._truncated = 0.0
         """Share of the requests with stop tokens that ended by their length."""
 
@@ -37,7 +37,8 @@ class Occupancy:
 
     def left(self, request: Request, company: bool) -> None:
         """One has gone; `company`: others stay. Where none do, what comes next is a beginning."""
-        self._vacant, self._refilled = int(company), self._refilled and company
+        self._vacant = max(self._vacant, 1) if company else 0
+        self._refilled = self._refilled and company
         status = request.ending[0]
         if request.stop and status in (Status.COMPLETED, Status.TRUNCATED):
             self._truncated += ((status is Status.TRUNCATED) - self._truncated) / ENDINGS

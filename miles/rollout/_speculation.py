@@ -7,6 +7,7 @@ V vocabulary entries, F features of a token, M mixture-of-experts layers.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class StepController(Protocol):
         """Draft tokens of a step of so many requests; 0: a step without the draft.
 
         `remaining` are the tokens that each is to get, where no others take the place of those that
-        end and most run into their length.
+        end and most run into their length; None: others do, or it is not known when they end.
         """
         ...
 
@@ -118,6 +119,8 @@ class Speculation:
         """Rows of all plain steps, and their tokens."""
         self._plain = AcceptanceStats()
         """The last of these steps."""
+        if controller is not None:
+            _check_choose(controller)
         most = getattr(controller, "max_steps", 0)
         if most > num_steps:
             raise SettingError(
@@ -463,3 +466,13 @@ class Speculation:
                     request.fail(
                         EngineError(f"the draft ({self._name}) failed to {what}:\n{failure}")
                     )
+
+
+def _check_choose(controller: StepController) -> None:
+    try:
+        inspect.signature(controller.choose).bind(1, None)
+    except TypeError as error:
+        raise SettingError(
+            f"{type(controller).__name__}.choose cannot be called as choose(batch, remaining): "
+            f"{error}; `remaining` is None, or a list of the tokens that each row is to get"
+        ) from error

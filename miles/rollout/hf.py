@@ -79,9 +79,9 @@ class HFEngine:
             are other answers than without a draft, save at temperature 0.
             `sample.metadata["speculative"]` holds the counts of `SpeculativeStats`.
         draft_steps: most tokens that the draft proposes in a step.
-        controller: says how many in each step, as `DraftController` does: `choose(batch)` before
-            it, 0 for a step without the draft, and `observe(AcceptanceStats)` after it; None takes
-            `draft_steps`.
+        controller: says how many in each step, as `DraftController` does: `choose(batch,
+            remaining)` before it, 0 for a step without the draft, and `observe(AcceptanceStats)`
+            after it; None takes `draft_steps`.
 
     Example:
         >>> import asyncio

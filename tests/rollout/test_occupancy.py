@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from miles.errors import SettingError
 from miles.rollout import HFEngine, Status, _occupancy
 from miles.rollout._occupancy import Occupancy
 from tests.models import params, serving, tiny
@@ -117,6 +118,10 @@ def test_requests_that_may_stop_are_told_once_most_run_into_their_length():
         occupancy.left(Ending(Status.TRUNCATED, stop=[0]), company=False)
     assert told(own) == [7]
     for _ in range(_occupancy.ENDINGS):
+        for status in (Status.ABORTED, Status.FAILED):
+            occupancy.left(Ending(status, stop=[0]), company=False)
+    assert told(own) == [7]
+    for _ in range(_occupancy.ENDINGS):
         occupancy.left(Ending(Status.COMPLETED, stop=[0]), company=False)
     assert told(own) is None
 
@@ -132,3 +137,27 @@ def test_a_batch_that_begins_is_not_one_that_is_refilled():
     occupancy.left(Ending(), company=True)
     occupancy.came()
     assert occupancy.remaining([Ending()], 99, waiting=False) is None
+    occupancy.left(Ending(), company=False)
+    occupancy.came()
+    assert occupancy.remaining([Ending()], 99, waiting=False) == [7]
+
+
+def test_places_that_are_left_one_after_the_other_do_not_hide_that_nobody_comes():
+    occupancy, told = Occupancy(), []
+    for _ in range(2):
+        occupancy.left(Ending(), company=True)
+        occupancy.came()  # so it was refilled
+    for step in range(30):
+        if step % 3 == 0:
+            occupancy.left(Ending(), company=True)
+        told.append(occupancy.remaining([Ending()], 99, waiting=False) is not None)
+    assert told.index(True) == _occupancy.PATIENCE - 1 and all(told[_occupancy.PATIENCE :])
+
+
+def test_a_controller_that_cannot_be_told_is_refused(model):
+    class Old(Resting):
+        def choose(self, batch: int) -> int:  # type: ignore[override]  # what is wrong here
+            return 0
+
+    with pytest.raises(SettingError, match=r"Old.choose cannot be called as choose\(batch, rem"):
+        HFEngine(model, draft=ScriptedDraft(random_rows()), controller=Old(), draft_steps=1)

@@ -71,7 +71,7 @@ class DraftSteps:
         empty = partial(torch.zeros, device=self._device)
         # What graphs read lies where it lay when they were captured.
         most = max(self._room * width, SETTLE_TOKENS if width else 0)
-        self._numbers = empty(self._room * 3 + most, dtype=torch.int64)
+        self._numbers = empty(power_of_two(self._room) * 3 + most, dtype=torch.int64)
         self._features = empty((most, draft.num_features), dtype=draft.dtype)
         self._uniforms = empty(self._room * width, dtype=torch.float64)
         self._temperatures = empty((self._room, 1), dtype=torch.float32)
@@ -148,18 +148,16 @@ class DraftSteps:
         features: Sequence[Tensor] | None,
         piece: int,
     ) -> None:
-        """`settle`, so many tokens of each at a time."""
+        """`settle`, so many tokens of each, and then what is left of those that have more."""
         self._reserve(_end(slots, places, tokens))  # at once, since graphs don't survive a move
-        for first in range(0, max(map(len, tokens)), piece):
-            rows = [row for row, new in enumerate(tokens) if len(new) > first]
-            own = [slots[row] for row in rows]
-            new = [tokens[row][first : first + piece] for row in rows]
-            given = None
-            if features is not None:
-                given = [features[row][first : first + piece] for row in rows]
-            self.settle(own, places, new, given)
-            for slot, settled in zip(own, new, strict=True):
-                places[slot] += len(settled)
+        heads = None if features is None else [given[:piece] for given in features]
+        self.settle(slots, places, [new[:piece] for new in tokens], heads)
+        for slot, new in zip(slots, tokens, strict=True):
+            places[slot] += min(piece, len(new))
+        rows = [row for row, new in enumerate(tokens) if len(new) > piece]
+        rest = None if features is None else [features[row][piece:] for row in rows]
+        left = [tokens[row][piece:] for row in rows]
+        self.settle([slots[row] for row in rows], places, left, rest)
 
     def propose(
         self,

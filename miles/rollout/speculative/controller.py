@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.errors import CheckpointError, EmptyBatchError, MissingExtraError, SettingError
-from miles.rollout.speculative.cost import CostModel, CostSample, expected_tokens
+from miles.rollout.speculative.cost import (
+    CostModel,
+    CostSample,
+    RowsLeft,
+    expected_tokens,
+    speedup_of_rows,
+)
 from miles.rollout.speculative.stats import AcceptanceStats
 
 __all__ = ["CostModel", "CostSample", "DraftController", "Simulation", "simulate"]
@@ -120,7 +126,7 @@ class DraftController:
         self._current = 0
         self._credit = 0.0
         self._patience = 1.0
-        self._predicted: dict[tuple[int, int], tuple[tuple[float, ...], float, float]] = {}
+        self._predicted: dict[tuple[int, int, int], tuple[tuple[float, ...], float, float]] = {}
         self._predicted_by = cost
 
     @property
@@ -136,14 +142,17 @@ class DraftController:
     def speedups(self, batch: int, remaining: Sequence[int] | None = None) -> tuple[float, ...]:
         """`[K + 1]`: predicted tokens a second for 0 to K draft tokens, against plain decoding.
 
-        With `remaining`, as in `choose`, by `CostModel.speedup_until_done`.
+        With `remaining`, as in `choose`, no more than `CostModel.speedup_until_done`.
         """
         first, *others = self.acceptance  # a row without a proposal gives one token
         rates = [first * self._recent.coverage, *others]
+        speedups = _speedups(self.cost, batch, rates)
         if remaining is None:
-            return _speedups(self.cost, batch, rates)
-        numbers = range(self.max_steps + 1)
-        return tuple(self.cost.speedup_until_done(remaining, rates[:k]) for k in numbers)
+            return speedups
+        left = RowsLeft.of(remaining)
+        # What is gained once the batch is small is no reason to lose now.
+        pairs = enumerate(speedups)
+        return tuple(min(s, speedup_of_rows(self.cost, left, rates[:k])) for k, s in pairs)
 
     def choose(self, batch: int, remaining: Sequence[int] | None = None) -> int:
         """The number of draft tokens for a step of `batch` rows, 0 to `max_steps`.
@@ -151,7 +160,8 @@ class DraftController:
         Args:
             batch: rows.
             remaining: `[batch]`, the tokens that each row is still to get, where no others take the
-                place of rows that end: what counts then is the time until the last one has them.
+                place of rows that end: what counts then is the time until the last one has them,
+                too. None: the batch stays as large.
         """
         speedups, decode, at_worst = self._predictions(batch, remaining)
         self._current = _decide(speedups, self._current, self._margin)
@@ -176,7 +186,10 @@ class DraftController:
             self._predicted_by = self.cost
             self._predicted = {}
         kept = self._predicted  # what is learnt meanwhile, in another thread, begins another
-        key = batch, -1 if remaining is None else max(remaining) // REMAINING_TILE
+        key = (batch, 0, 0)
+        if remaining is not None:
+            mean = sum(remaining) // batch
+            key = (batch, 1 + max(remaining) // REMAINING_TILE, mean // REMAINING_TILE)
         found = kept.get(key)
         if found is None:
             decode = self.cost.t_decode(batch)

@@ -59,6 +59,32 @@ class CostSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsLeft:
+    """What counts of the tokens that rows are still to get, `[B]`."""
+
+    longest: int
+    """Those of the row with most."""
+    total: int
+    """Those of all rows."""
+    last: int
+    """Rows that may be the last one."""
+
+    @classmethod
+    def of(cls, remaining: Sequence[int]) -> RowsLeft:
+        """Raises `EmptyBatchError` where there is no row, `SettingError` where one gets nothing."""
+        if not remaining:
+            raise EmptyBatchError("no row is left; expected the tokens that each is still to get")
+        if min(remaining) < 1:
+            raise SettingError(
+                f"a row is to get {min(remaining)} tokens; expected 1 or more: leave out rows that "
+                "have ended"
+            )
+        longest = max(remaining)
+        last = sum(tokens >= LAST * longest for tokens in remaining)
+        return cls(longest=longest, total=sum(remaining), last=last)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostModel:
     """Seconds of a step: flat while reading the weights takes longest, then linear in tokens.
 
@@ -150,8 +176,9 @@ class CostModel:
         Where no other row takes the place of one that ends, early ends save little, and the last
         row decides. Without a draft rows get on at the same pace; with one some are ahead: by luck,
         which evens out over many steps, and because some texts are easier to guess than others,
-        which does not. So this is below `speedup`, the more the shorter and the more alike the
-        answers are.
+        which does not. So for rows with as much to get each, this is below `speedup`, the more the
+        less they are to get. Where a few have more than the others, it counts what the draft gains
+        once only they are left.
 
         Args:
             remaining: `[B]`, the tokens that each row is still to get, 1 or more.
@@ -159,6 +186,7 @@ class CostModel:
 
         Raises:
             EmptyBatchError: no row.
+            SettingError: a row that is to get nothing.
 
         Example:
             >>> from miles.rollout.speculative import CostModel
@@ -166,15 +194,9 @@ class CostModel:
             >>> round(cost.speedup(32, [0.6, 0.6]), 2)
             1.63
             >>> [round(cost.speedup_until_done([n] * 32, [0.6, 0.6]), 2) for n in (32, 128, 1024)]
-            [1.24, 1.35, 1.4]
+            [1.24, 1.36, 1.41]
         """
-        if not remaining:
-            raise EmptyBatchError("no row is left; expected the tokens that each is still to get")
-        longest, total = max(remaining), sum(remaining)
-        mean = expected_tokens(acceptance)
-        steps = _steps_of_last(remaining, acceptance)
-        plain = longest * self.t_decode(max(1.0, total / longest))
-        return plain / (steps * self.t_step(max(1.0, total / mean / steps), len(acceptance)))
+        return speedup_of_rows(self, RowsLeft.of(remaining), acceptance)
 
     @classmethod
     def fit(cls, samples: Sequence[CostSample]) -> CostModel:
@@ -266,28 +288,35 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
     return total
 
 
-def _steps_of_last(remaining: Sequence[int], acceptance: Sequence[float]) -> float:
+def speedup_of_rows(cost: CostModel, left: RowsLeft, acceptance: Sequence[float]) -> float:
+    """`CostModel.speedup_until_done`, for who asks several times about the same rows."""
+    mean = expected_tokens(acceptance)
+    steps = _steps_of_last(left, acceptance)
+    plain = left.longest * cost.t_decode(left.total / left.longest)
+    batch = max(1.0, left.total / mean / steps)  # rounding may leave less
+    return plain / (steps * cost.t_step(batch, len(acceptance)))
+
+
+def _steps_of_last(left: RowsLeft, acceptance: Sequence[float]) -> float:
     """How many steps pass until the last row has its tokens.
 
     After n steps the tokens of a row are taken for normal, with mean `m n` and variance
     `v n + (s n)^2`: `v` of a step by chance, `s` from row to row. Of the rows that may be last, the
-    one behind all others is as far off as the least of so many normal numbers is on average (Blom).
+    one behind all others is `z` deviations off, the least of so many normal numbers on average
+    (Blom). `z s` is what a row gets less whose proposals are `z` deviations less likely.
     """
-    longest, mean = max(remaining), expected_tokens(acceptance)
-    kept, slope, slopes, squares = 1.0, 0.0, 0.0, 0.0
+    mean, kept, squares = expected_tokens(acceptance), 1.0, 0.0
     for k, rate in enumerate(acceptance):
-        kept, slope = kept * rate, slope * rate + kept
+        kept *= rate
         squares += (2 * k + 1) * kept
-        slopes += slope
     variance = squares - (mean - 1) ** 2
-    apart = min(ROW_SPREAD * slopes, mean / 5)  # of long drafts it is no longer linear
-    rows = sum(left >= LAST * longest for left in remaining)
-    square = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25)) ** 2
-    # (m n - r)^2 = z^2 (v n + (s n)^2), the larger n.
-    a = mean**2 - square * apart**2
-    b = mean * longest + square * variance / 2
-    steps = (b + math.sqrt(max(0.0, b * b - a * longest**2))) / a
-    return min(steps, longest)  # each step gives a token
+    z = NormalDist().inv_cdf((left.last - 0.375) / (left.last + 0.25))
+    apart = mean - expected_tokens([max(0.0, rate - z * ROW_SPREAD) for rate in acceptance])
+    # (m n - r)^2 = z^2 v n + (apart n)^2, the larger n.
+    a = mean**2 - apart**2
+    b = mean * left.longest + z * z * variance / 2
+    steps = (b + math.sqrt(max(0.0, b * b - a * left.longest**2))) / a
+    return max(1.0, min(steps, left.longest))  # each step gives a token
 
 
 def _robust(

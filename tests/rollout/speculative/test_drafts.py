@@ -111,19 +111,6 @@ def test_a_long_prompt_does_not_pad_the_rows_beside_it(monkeypatch) -> None:
     assert seen == [[2, 3], [59]]
 
 
-def test_rows_too_long_for_a_graph_are_settled_in_pieces_of_few_shapes(monkeypatch) -> None:
-    pretend_graphs(monkeypatch)
-    draft = cached_draft("eagle3")
-    memory = draft.memory(num_slots=64, max_context=4096)
-    for lengths in ([3000], [40, 900], [150 + i % 7 for i in range(64)], [70] * 33):
-        slots = range(len(lengths))
-        features = [random_features(draft, n - 1) for n in lengths]
-        memory.extend(slots, [tokens(n).tolist() for n in lengths], [0] * len(slots), features)
-    shapes = {(r, w) for step in memory._steps._steps.values() for r, _, w in step.outputs}
-    # 2,999 are 2,048 and 951; 149 to 155 are pieces of 32, up to 27 left; 69 are two, 5 left.
-    assert shapes == {(1, 2048), (1, 1024), (2, 1024), (64, 32), (48, 8)}
-
-
 def settle_in_pieces(draft: Any, data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 4))
     slots = data.draw(st.permutations(range(num_slots)))
