@@ -1,5 +1,6 @@
 """The benchmark of rollouts with a draft, at tiny size, with a stand-in in the server's place."""
 
+import contextlib
 import csv
 import gc
 import importlib
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from miles.errors import EmptyBatchError
 from miles.rollout import HFEngine, Sample, SamplingParams, SGLangServer
 from miles.rollout.speculative import load_draft
 from tests.rollout.graphs import pretend_graphs
@@ -209,6 +211,29 @@ def test_a_request_that_fails_ends_a_turn_and_does_not_block_it(benchmark):
     asked = [([index], SamplingParams(max_new_tokens=1)) for index in range(6)]
     with pytest.raises(RuntimeError, match=r"no answer to \[1\]"):
         benchmark.answers(Crowd(2, 6, fails=([1], [2])), 2, asked)
+
+
+def test_all_requests_of_a_turn_are_there_before_its_first_step(benchmark, policy, tmp_path):
+    settings = config(benchmark, policy, tmp_path, batches=(6,), new_tokens=4)
+    model, tokenizer = benchmark.load(settings)
+    asked = benchmark.turn_of(
+        settings, 6, 0, benchmark.prompts_from(settings, model, tokenizer), seeded=True
+    )
+    sizes, step = [], HFEngine._step
+
+    class Noted(HFEngine):
+        def _step(self):
+            sizes.append(len(self._queue) + len(self._active))
+            step(self)
+
+    engines_module = importlib.import_module("speculative_engines")
+    with contextlib.closing(Noted(model, max_batch=4)) as engine:
+        got = engines_module.answers_together(engine, asked)
+        assert sizes[0] == len(asked) == len(got)
+        refused = [asked[0], ([], asked[0][1])]
+        with pytest.raises(EmptyBatchError):
+            engines_module.answers_together(engine, refused)
+        assert engine.submit(*asked[0]).result(timeout=30).response_tokens  # it is not paused
 
 
 def test_engines_of_a_batch_are_gone_before_those_of_the_next(

@@ -118,6 +118,14 @@ def test_a_controller_rests_where_the_last_row_would_be_late():
     )
 
 
+def test_rows_that_no_proposal_was_made_for_count_in_what_is_predicted():
+    """A draft that copies has something to say about every other row."""
+    controller = DraftController(FLAT, max_steps=1, exploration=0)
+    controller.observe(AcceptanceStats.count(accepted=[1, 0] * 5000, proposed=[1, 0] * 5000))
+    assert controller.acceptance[0] == pytest.approx(1, abs=1e-3)
+    assert controller.speedups(64)[1] == pytest.approx(FLAT.speedup(64, [0.5]), rel=1e-2)
+
+
 def test_a_gain_of_the_few_that_are_left_is_no_reason_to_lose_now():
     """One long row among many: it gains, but only once the others have ended."""
     controller = DraftController(COST, max_steps=1, exploration=0)
