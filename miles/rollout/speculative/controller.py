@@ -162,7 +162,14 @@ class DraftController:
             remaining: `[batch]`, the tokens that each row is still to get, where no others take the
                 place of rows that end: what counts then is the time until the last one has them,
                 too. None: the batch stays as large.
+
+        Raises:
+            SettingError: not as many numbers as rows, or one below 1.
         """
+        if remaining is not None and len(remaining) != batch:
+            raise SettingError(
+                f"remaining has {len(remaining)} numbers for {batch} rows; expected one for each"
+            )
         speedups, decode, at_worst = self._predictions(batch, remaining)
         self._current = _decide(speedups, self._current, self._margin)
         if self._current:

@@ -102,6 +102,9 @@ def test_rows_that_are_none_are_refused():
     for remaining in ([0], [5, 0], [-3, 4]):
         with pytest.raises(SettingError, match=f"to get {min(remaining)} tokens; expected 1 or"):
             DraftController(FLAT, max_steps=1).choose(len(remaining), remaining)
+    for remaining in ([], [5], [5, 5, 5]):
+        with pytest.raises(SettingError, match=f"{len(remaining)} numbers for 2 rows"):
+            DraftController(FLAT, max_steps=1).choose(2, remaining)
 
 
 def test_a_controller_rests_where_the_last_row_would_be_late():
